@@ -1,0 +1,85 @@
+"""Checkpoints: whole or absent, plain tensors and values, newest by step number.
+
+RUN/step-00001000.pt holds {version, step, config, data, model, ema, optimizer}. It is written to a temporary file,
+flushed to the disk and renamed, so a crash leaves the previous one. The last two are kept. torch.save writes a zip
+archive, whose own checksums (CRC-32 of each record) are verified before anything is used; it is read with
+weights_only=True, so a file from a stranger cannot run code.
+"""
+
+import os
+import pickle
+import sys
+import zipfile
+from pathlib import Path
+
+import torch
+
+from config import UserError
+
+VERSION = 1
+KEEP = 2
+
+
+def steps(run: Path) -> list[Path]:
+    """Checkpoints of a run, newest first."""
+    return sorted(run.glob("step-*.pt"), key=lambda path: path.name, reverse=True)
+
+
+def save(run: Path, state: dict) -> Path:
+    """Writes RUN/step-N.pt atomically and removes all but the newest KEEP. Raises UserError when the disk refuses."""
+    path = run / f"step-{state['step']:08d}.pt"
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"version": VERSION, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as problem:              # torch reports a full disk as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write the checkpoint {path}: {problem}; the previous one is intact") from None
+    for old in steps(run)[KEEP:]:
+        old.unlink()
+    return path
+
+
+def read(path: Path) -> dict:
+    """The contents of one checkpoint, on the CPU. Raises UserError when it is damaged, foreign or too old or new."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise UserError(f"the checkpoint {path} is damaged: the checksum of {damaged} is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except pickle.UnpicklingError:
+        raise UserError(f"the checkpoint {path} is refused: it holds more than tensors and plain values") from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, NotImplementedError) as problem:
+        raise UserError(f"the checkpoint {path} cannot be read: {problem or type(problem).__name__}") from None
+    if not isinstance(state, dict) or state.get("version") != VERSION:
+        found = state.get("version") if isinstance(state, dict) else None
+        raise UserError(f"the checkpoint {path} has version {found}, this code reads version {VERSION}")
+    return state
+
+
+def load_newest(run: Path) -> dict | None:
+    """The newest whole checkpoint of a run, or None without any. A damaged one is named and passed over."""
+    problems = []
+    for path in steps(run):
+        try:
+            return read(path)
+        except UserError as problem:
+            problems.append(problem)
+            print(f"warning: {problem}; trying the one before it", file=sys.stderr)
+    if problems:
+        raise UserError(f"no checkpoint of {run} can be used; start over with --fresh")
+    return None
+
+
+def newest_run(root: Path = Path("out")) -> Path:
+    """The run below `root` that was saved last. Raises UserError without any."""
+    runs = {path.parent: path.stat().st_mtime for path in sorted(root.glob("**/step-*.pt"))}
+    if not runs:
+        raise UserError(f"there is no trained run below {str(root)!r}; train one with python train.py, "
+                        "or name its directory with --run DIR")
+    return max(runs, key=runs.get)

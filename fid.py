@@ -1,0 +1,227 @@
+"""Scores: how close generated images are to real ones, with measures that need no download.
+
+    python fid.py                            500 images of the newest run against its own training data
+    python fid.py --num 1000 --cfg 1.5       another number, with guidance
+    python fid.py --samples DIR/samples.npz  images that sample.py wrote
+
+Frechet distance of pixels in [0, 1] (averaged to 8 x 8), precision and recall (k = 3) on the same features, sliced
+Wasserstein distance of every pyramid level from 16 pixels up, and a nearest-neighbour test against copying. With
+classes: how often a classifier agrees with the requested label, and the variance left inside each class.
+All of them depend on the number of images: compare only equal n.
+"""
+
+import json
+import sys
+import zipfile
+from pathlib import Path
+
+import config
+
+if __name__ == "__main__":                                  # before torch is loaded: --help answers at once
+    PARSER = config.parser(__doc__, "python fid.py [--run DIR] [--num N] [options]")
+    config.add_sampling_flags(PARSER)
+    PARSER.add_argument("--num", type=int, default=500, help="number of images to draw and score [500]")
+    PARSER.add_argument("--samples", help="score this samples.npz in place of drawing images")
+    ARGUMENTS = PARSER.parse_args()
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import data
+import sample
+from config import UserError
+from pyramid import decompose
+
+# ---------------------------------------------------------------------------------------------------------------------
+# distances between sets of features (N, D)
+
+
+def frechet_distance(mean_1, cov_1, mean_2, cov_2) -> float:
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (Heusel et al. 2017), in float64.
+
+    tr (C1 C2)^(1/2) is the sum of the roots of the eigenvalues of C1^(1/2) C2 C1^(1/2), which is symmetric: the result
+    cannot turn complex, whatever the rank.
+    """
+    mean_1, cov_1, mean_2, cov_2 = (np.asarray(a, np.float64) for a in (mean_1, cov_1, mean_2, cov_2))
+    values, vectors = np.linalg.eigh(cov_1)
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    cross = np.sqrt(np.linalg.eigvalsh(root @ cov_2 @ root).clip(0)).sum()
+    return float(((mean_1 - mean_2) ** 2).sum() + np.trace(cov_1) + np.trace(cov_2) - 2 * cross)
+
+
+def _distances(a: np.ndarray, b: np.ndarray) -> torch.Tensor:
+    """Euclidean distances (len(a), len(b)), from differences and not from products: equal points are at 0."""
+    a, b = (torch.as_tensor(x, dtype=torch.float64).flatten(1) for x in (a, b))
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def _coverage(points, centres, k: int) -> float:
+    """Share of `points` that lie within the distance of a centre to its own k-th nearest other centre."""
+    if len(centres) <= k or not len(points):
+        raise UserError(f"precision and recall with k = {k} need more than {k} images on both sides")
+    radius = torch.cat([_distances(part, centres).kthvalue(k + 1, dim=1).values     # the nearest is the centre itself
+                        for part in np.array_split(centres, -(-len(centres) // 1000))])
+    inside = [(_distances(part, centres) <= radius).any(dim=1)
+              for part in np.array_split(points, -(-len(points) // 1000))]
+    return torch.cat(inside).double().mean().item()
+
+
+def precision(*, real, fake, k: int = 3) -> float:
+    """Share of the fake features inside the k-nearest-neighbour manifold of the real (Kynkaanniemi et al. 2019)."""
+    return _coverage(np.asarray(fake), np.asarray(real), k)
+
+
+def recall(*, real, fake, k: int = 3) -> float:
+    """Share of the real features inside the k-nearest-neighbour manifold of the fake (Kynkaanniemi et al. 2019)."""
+    return _coverage(np.asarray(real), np.asarray(fake), k)
+
+
+def sliced_wasserstein(real, fake, patches: int = 64, directions: int = 512, seed: int = 0) -> dict[int, float]:
+    """Distance of 7 x 7 patches at each pyramid level, x 1000, by the side of the level (Karras et al. 2018, App. B).
+
+    real, fake: images uint8 (N, H, W, C), as many of both as the smaller set has. The levels are those of pyramid.py,
+    from the full size down to 16 pixels; each set is normalised per channel, as there; {} below 16 pixels.
+    """
+    side = real.shape[1]
+    num_scales = 1
+    while side % 2**num_scales == 0 and side >> num_scales >= 16:
+        num_scales += 1
+    if side < 16:
+        return {}
+    count, generator = min(len(real), len(fake)), torch.Generator().manual_seed(seed)
+
+    def descriptors(images, level):
+        x = torch.from_numpy(np.ascontiguousarray(images[:count])).permute(0, 3, 1, 2).float() / 255
+        band = decompose(x, num_scales)[level]                                      # (N, C, H_i, W_i)
+        last = band.shape[-1] - 7
+        top, left = torch.randint(0, last + 1, (2, count, patches), generator=generator)
+        rows, columns = top[..., None] + torch.arange(7), left[..., None] + torch.arange(7)     # (N, patches, 7)
+        picked = band[torch.arange(count)[:, None, None, None], :, rows[..., :, None], columns[..., None, :]]
+        picked = picked.flatten(0, 1).permute(0, 3, 1, 2)                           # (N patches, C, 7, 7)
+        picked = picked - picked.mean(dim=(0, 2, 3), keepdim=True)
+        return (picked / picked.std(dim=(0, 2, 3), keepdim=True).clamp(min=1e-8)).flatten(1)
+
+    result = {}
+    for level in range(num_scales):
+        a, b = descriptors(real, level), descriptors(fake, level)
+        total = 0.0
+        for _ in range(directions // 128):
+            lines = F.normalize(torch.randn(a.shape[1], 128, generator=generator), dim=0)
+            total += ((a @ lines).sort(dim=0).values - (b @ lines).sort(dim=0).values).abs().mean().item()
+        result[side >> (num_scales - 1 - level)] = 1000 * total / (directions // 128)
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# scores of images
+
+
+def pixel_features(images: np.ndarray) -> np.ndarray:
+    """uint8 (N, H, W, C) -> (N, 64 C): pixels in [0, 1], averaged to 8 x 8."""
+    x = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).double() / 255
+    return F.adaptive_avg_pool2d(x, 8).flatten(1).numpy()
+
+
+def statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (D,) and covariance (D, D)."""
+    return features.mean(axis=0), np.cov(features, rowvar=False)
+
+
+def class_scores(real, real_labels, fake, fake_labels) -> dict:
+    """How often a support-vector classifier of real images agrees with the label asked for, and the mean over classes
+    of the variance of the generated images over that of the real ones."""
+    from sklearn.svm import SVC
+
+    wanted = [c for c in np.unique(fake_labels) if (fake_labels == c).sum() > 1 and (real_labels == c).sum() > 1]
+    ratios = [fake[fake_labels == c].var(axis=0).sum() / real[real_labels == c].var(axis=0).sum() for c in wanted]
+    scores = {"class_variance": float(np.mean(ratios))} if ratios else {}
+    if len(np.unique(real_labels)) > 1:
+        classifier = SVC(C=10).fit(real, real_labels)
+        scores["label_agreement"] = float((classifier.predict(fake) == fake_labels).mean())
+    return scores
+
+
+def nearest(points, others, same: bool = False) -> float:
+    """Median distance of a point to the nearest of the others; same=True leaves out the point itself."""
+    parts = np.array_split(points, -(-len(points) // 1000))
+    return torch.cat([_distances(p, others).kthvalue(2 if same else 1, dim=1).values for p in parts]).median().item()
+
+
+def score(real, real_labels, fake, fake_labels=None) -> dict:
+    """All scores of fake images against real ones; images uint8 (N, H, W, C), labels (N,) or None."""
+    a, b = pixel_features(real), pixel_features(fake)
+    if len(b) < 5 or len(a) < 5:
+        raise UserError(f"scores need at least 5 images on both sides, not {len(a)} real and {len(b)} generated ones")
+    scores = {"n": len(b), "n_reference": len(a),
+              "frechet_pixel": frechet_distance(*statistics(a), *statistics(b)),
+              "precision": precision(real=a, fake=b), "recall": recall(real=a, fake=b),
+              "novelty": nearest(b, a) / nearest(a, a, same=True)}
+    for side, distance in sliced_wasserstein(real, fake).items():
+        scores[f"swd_{side}"] = distance
+    if fake_labels is not None:
+        scores.update(class_scores(a, real_labels, b, fake_labels))
+    return scores
+
+
+MEANING = {
+    "frechet_pixel": "Frechet distance of pixels in [0, 1], 8 x 8; lower is better",
+    "precision": "share of generated images among the real ones (k = 3)",
+    "recall": "share of real images among the generated ones (k = 3)",
+    "novelty": "distance to the nearest training image, over that between training images; near 0 means copies",
+    "class_variance": "variance inside a class, over the real one; 1 is right",
+    "label_agreement": "share that a classifier of real images puts in the class asked for",
+}
+
+
+def table(scores: dict) -> str:
+    """The scores in lines for people."""
+    lines = [f"n          {scores['n']} generated against {scores['n_reference']} real images"]
+    for name, value in scores.items():
+        if name.startswith("swd_"):
+            lines.append(f"{name:16s} {value:8.2f}   sliced Wasserstein x 1000 of the {name[4:]} x {name[4:]} level")
+        elif name in MEANING:
+            lines.append(f"{name:16s} {value:8.4f}   {MEANING[name]}")
+    return "\n".join(lines)
+
+
+def read_samples(file: str, shape: tuple) -> tuple[np.ndarray, np.ndarray]:
+    """`images` and `labels` of a samples.npz. Raises UserError when it is not one, or of another shape than the run."""
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            images, labels = arrays["images"], arrays["labels"]
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as problem:
+        raise UserError(f"{file} is no samples.npz of sample.py: {problem}") from None
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != shape or len(labels) != len(images):
+        raise UserError(f"{file} holds images of shape {images.shape} {images.dtype}; this run makes {shape} uint8")
+    return images, labels
+
+
+def main(args) -> None:
+    if args.num < 5 or args.batch < 1 or args.seed < 0:
+        raise UserError("--num must be at least 5, --batch at least 1, and --seed at least 0")
+    run = sample.load_run(args.run, args.raw, args.device)
+    dataset = data.load(run.cfg)
+    if args.samples:
+        images, labels = read_samples(args.samples, (*run.shape[1:], run.shape[0]))
+        labels, report = (labels if run.classes else None), {"samples": args.samples}
+        print(f"samples    {args.samples}")
+    else:
+        labels = sample.choose_labels(args.labels, args.num, run.classes)
+        settings = sample.solver_settings(run.cfg, args)
+        images, report = sample.generate(run, args.num, labels, args.seed, args.batch, **settings)
+        print(sample.describe(report))
+    real, real_labels = dataset.reference(max(len(images), 2000))
+    if labels is not None:                                  # asked for some classes only: compare with those
+        real, real_labels = (a[np.isin(real_labels, labels)] for a in (real, real_labels))
+    print(f"reference  {len(real)} images of the training set {run.cfg.dataset} at {run.cfg.res} x {run.cfg.res}")
+    scores = score(real, real_labels, images, labels)
+    print(table(scores))
+    (Path(run.folder) / "scores.json").write_text(json.dumps({**report, **scores}, indent=2))
+
+
+if __name__ == "__main__":
+    try:
+        main(ARGUMENTS)
+    except UserError as problem:
+        sys.exit(f"error: {problem}")

@@ -1,0 +1,320 @@
+"""MoT-DiT: a diffusion transformer with one set of weights per band and one attention over all of them.
+
+Letters: B batch, C channels, H_i, W_i size of band i, p patch size, N_i tokens of band i, D hidden size,
+nh heads, hd = D/nh, K bands.
+
+A band is cut into patches; its tokens pass through its own weights (an "expert": Q, K, V, modulation, feed-forward);
+they meet the other bands in one softmax attention per block, where BAND i READS BANDS 0..i. Coarse bands never read
+finer ones, so any prefix of bands is a valid input and gives the same velocities as the full pyramid.
+The mask is never built: the keys band i may read are a prefix of all keys, so one fused call per band does it.
+
+    python model.py               prints parameters, tokens and FLOPs of every size, and shows that the mask holds
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from config import UserError
+
+SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}  # hidden_size, depth, heads
+EXPERTS = ("full", "qkv", "none")
+MASKS = ("causal", "none", "self")
+
+
+def parse_size(size: str | tuple) -> tuple[int, int, int, int]:
+    """(hidden_size, depth, num_heads, patch_size) of a table name like "B/2", of "128,4,4,2", or of such a tuple."""
+    try:
+        if isinstance(size, str) and "/" in size:
+            name, patch = size.split("/")
+            size = (*SIZES[name], patch)
+        hidden_size, depth, num_heads, patch = (int(n) for n in (size.split(",") if isinstance(size, str) else size))
+        if min(hidden_size, depth, num_heads, patch) < 1 or hidden_size % (4 * num_heads):
+            raise ValueError
+    except (KeyError, ValueError):
+        raise UserError(
+            f"unknown model size {size!r}; use one of {', '.join(SIZES)} with a patch size, like B/2, or four numbers "
+            "hidden_size,depth,num_heads,patch_size with hidden_size divisible by 4 * num_heads, like 128,4,4,2"
+        ) from None
+    return hidden_size, depth, num_heads, patch
+
+
+def sincos_positions(hidden_size: int, grid: int) -> torch.Tensor:
+    """2-D sin-cos position of every token of a grid x grid band, (grid^2, D): half of D for rows, half for columns."""
+    place = torch.arange(grid, dtype=torch.float64)                                         # (grid,)
+    omega = 10000 ** (-torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size // 4))
+    angle = place[:, None] * omega                                                          # (grid, D/4)
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1)                                     # (grid, D/2)
+    rows = axis[:, None].expand(grid, grid, -1)
+    columns = axis[None].expand(grid, grid, -1)
+    return torch.cat([rows, columns], dim=2).reshape(grid * grid, hidden_size).float()
+
+
+def patchify(x: torch.Tensor, p: int) -> torch.Tensor:
+    """(B, C, H, W) -> (B, N, C p^2) with N = H W / p^2, row by row."""
+    b, c, h, w = x.shape
+    return x.view(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // p**2, c * p * p)
+
+
+def unpatchify(x: torch.Tensor, p: int, h: int, w: int) -> torch.Tensor:
+    """(B, N, C p^2) -> (B, C, H, W): the inverse of `patchify`."""
+    b, _, d = x.shape
+    c = d // p**2
+    return x.view(b, h // p, w // p, c, p, p).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
+
+
+def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return x * (1 + scale) + shift
+
+
+def attention(q: list, k: list, v: list, mask: str, num_cond: int) -> list:
+    """One softmax attention over the tokens of all active bands; lists over bands of (B, nh, N_i, hd).
+
+    causal: band i reads bands 0..i.   none: every band reads all.   self: band i reads itself and the num_cond
+    condition tokens at the front of band 0, which then read only themselves, so that nothing crosses bands.
+    """
+    sizes = [x.shape[2] for x in q]
+    k, v = torch.cat(k, dim=2), torch.cat(v, dim=2)                                 # (B, nh, sum of N_i, hd)
+    if mask == "none":
+        return list(F.scaled_dot_product_attention(torch.cat(q, dim=2), k, v).split(sizes, dim=2))
+    out, end = [], 0
+    for i, size in enumerate(sizes):
+        start, end = end, end + size
+        if mask == "causal":
+            out.append(F.scaled_dot_product_attention(q[i], k[:, :, :end], v[:, :, :end]))
+            continue
+        k_i, v_i = (torch.cat([x[:, :, :num_cond], x[:, :, max(start, num_cond) : end]], dim=2) for x in (k, v))
+        seen = [F.scaled_dot_product_attention(q[i][:, :, (num_cond if i == 0 else 0) :], k_i, v_i)]
+        if i == 0 and num_cond:
+            seen.insert(0, F.scaled_dot_product_attention(*(x[:, :, :num_cond] for x in (q[0], k, v))))
+        out.append(torch.cat(seen, dim=2))
+    return out
+
+
+class TimestepEmbedder(nn.Module):
+    """t in [0, 1] -> (B, D): 256 sinusoids of 100 t, then a two-layer network (as in DiT).
+
+    # not in paper: DiT counts 1000 steps, so its fastest sinusoid turns 159 times in [0, 1]. A velocity field that can
+    wiggle so fast costs an adaptive solver twice the NFE for images no better (LOG.md: 280 against 124 on digits).
+    """
+
+    TIME_SCALE = 100
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+
+    def forward(self, t):
+        omega = 10000 ** (-torch.arange(128, dtype=torch.float32, device=t.device) / 128)
+        angle = self.TIME_SCALE * t.float()[:, None] * omega                        # (B, 128)
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))               # (B, D)
+
+
+class MoTBlock(nn.Module):
+    """adaLN-Zero transformer block, mixture of transformers: weights per band, attention shared.
+
+    experts="full": everything is per band. "qkv": only Q, K, V are. "none": all bands share all weights.
+    # not in paper: its text says QKV, modulation and feed-forward; its parameter counts fit QKV alone. Both are here.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, num_scales: int, experts: str, mask: str):
+        super().__init__()
+        self.num_heads, self.mask = num_heads, mask
+        full = num_scales if experts == "full" else 1
+        qkv = num_scales if experts != "none" else 1
+        d = hidden_size
+        self.norm = nn.LayerNorm(d, elementwise_affine=False, eps=1e-6)
+        self.modulation = nn.ModuleList(nn.Linear(d, 6 * d) for _ in range(full))
+        self.qkv = nn.ModuleList(nn.Linear(d, 3 * d) for _ in range(qkv))
+        self.proj = nn.ModuleList(nn.Linear(d, d) for _ in range(full))
+        self.mlp = nn.ModuleList(
+            nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(approximate="tanh"), nn.Linear(4 * d, d)) for _ in range(full)
+        )
+
+    def forward(self, xs, c, num_cond):
+        """xs: a list over the active bands of (B, N_i, D); c: (B, D), after its SiLU."""
+        own = [i % len(self.proj) for i in range(len(xs))]                          # which expert band i uses
+        parts = [m(c)[:, None].chunk(6, dim=-1) for m in self.modulation[: len(xs)]]    # 6 x (B, 1, D) each
+        q, k, v = [], [], []
+        for i, x in enumerate(xs):
+            shift, scale = parts[own[i]][:2]
+            qkv = self.qkv[i % len(self.qkv)](modulate(self.norm(x), shift, scale))     # (B, N_i, 3D)
+            qkv = qkv.view(*x.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (3, B, nh, N_i, hd)
+            for column, part in zip((q, k, v), qkv, strict=True):
+                column.append(part)
+        out = []
+        for i, a in enumerate(attention(q, k, v, self.mask, num_cond)):             # (B, nh, N_i, hd)
+            _, _, gate, shift2, scale2, gate2 = parts[own[i]]
+            x = xs[i] + gate * self.proj[own[i]](a.transpose(1, 2).flatten(2))      # (B, N_i, D)
+            out.append(x + gate2 * self.mlp[own[i]](modulate(self.norm(x), shift2, scale2)))
+        return out
+
+
+class FinalLayer(nn.Module):
+    """adaLN and a linear map from tokens to patches."""
+
+    def __init__(self, hidden_size: int, patch_dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.modulation = nn.Linear(hidden_size, 2 * hidden_size)
+        self.linear = nn.Linear(hidden_size, patch_dim)
+
+    def forward(self, x, c):
+        shift, scale = self.modulation(c)[:, None].chunk(2, dim=-1)
+        return self.linear(modulate(self.norm(x), shift, scale))                    # (B, N_i, C p^2)
+
+
+class MoTDiT(nn.Module):
+    """The velocity field of all bands.
+
+    size           a table name ("S/2", "B/2", "L/2", "XL/2", ...) or (hidden_size, depth, num_heads, patch_size)
+    in_channels    C, of images or latents
+    resolution     H = W of the finest band; divisible by patch_size * 2^(K-1)
+    num_scales     K; 1 is a plain DiT
+    num_classes    0 is unconditional; otherwise label num_classes is the null label of guidance
+    experts        what is per band: full | qkv | none
+    mask           which bands a band reads: causal | none | self
+    condition_tokens   also put the time and label embeddings in front of band 0, where every band reads them
+
+    Raises UserError for a size, a resolution or an option that does not work. The untrained model returns zeros.
+    """
+
+    def __init__(self, size="B/2", in_channels=4, resolution=32, num_scales=2, num_classes=0, experts="full",
+                 mask="causal", condition_tokens=True):
+        super().__init__()
+        d, depth, num_heads, p = parse_size(size)
+        for name, value, choices in (("experts", experts, EXPERTS), ("mask", mask, MASKS)):
+            if value not in choices:
+                raise UserError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")
+        step = p * 2 ** (num_scales - 1)
+        if resolution < 1 or resolution % step:
+            nearest = max(step, round(resolution / step) * step)
+            raise UserError(
+                f"a model input of {resolution} x {resolution} does not fit {num_scales} scales with patch size {p}: "
+                f"it must be divisible by {p} * 2^{num_scales - 1} = {step}; the nearest that works is {nearest}"
+            )
+        self.hidden_size, self.depth, self.patch_size = d, depth, p
+        self.in_channels, self.resolution, self.num_scales = in_channels, resolution, num_scales
+        self.num_classes, self.experts, self.mask = num_classes, experts, mask
+        self.num_cond = (1 + (num_classes > 0)) if condition_tokens else 0
+
+        grids = [resolution // p // 2**k for k in reversed(range(num_scales))]      # tokens along a side of each band
+        for i, grid in enumerate(grids):
+            self.register_buffer(f"positions_{i}", sincos_positions(d, grid), persistent=False)     # not stored
+        self.num_tokens = [grid**2 for grid in grids]                               # N_i
+        self.patch_in = nn.ModuleList(nn.Linear(in_channels * p * p, d) for _ in grids)
+        self.time = TimestepEmbedder(d)
+        self.label = nn.Embedding(num_classes + 1, d) if num_classes else None
+        self.blocks = nn.ModuleList(MoTBlock(d, num_heads, num_scales, experts, mask) for _ in range(depth))
+        self.patch_out = nn.ModuleList(FinalLayer(d, in_channels * p * p) for _ in grids)
+        self.initialize()
+
+    def initialize(self) -> None:
+        """As DiT: Xavier everywhere, small embeddings, zero modulation and output: blocks start as the identity."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for layer in (self.time.mlp[0], self.time.mlp[2], self.label):
+            if layer is not None:
+                nn.init.normal_(layer.weight, std=0.02)
+        zeros = [m for block in self.blocks for m in block.modulation]
+        zeros += [m for final in self.patch_out for m in (final.modulation, final.linear)]
+        for linear in zeros:
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, bands: list, t: torch.Tensor, y: torch.Tensor | None = None) -> list:
+        """Velocities of a prefix of bands, each (B, C, H_i, W_i), at times t (B,) in [0, 1], for labels y (B,).
+
+        y is None for an unconditional model, and means the null label for a conditional one.
+        """
+        b, p = len(t), self.patch_size
+        c = self.time(t)                                                            # (B, D)
+        tokens = [c[:, None]]
+        if self.label is not None:
+            y = torch.full_like(t, self.num_classes, dtype=torch.long) if y is None else y
+            label = self.label(y)                                                   # (B, D)
+            tokens.append(label[:, None])
+            c = c + label
+        c = F.silu(c)
+        xs = [
+            self.patch_in[i](patchify(x, p)) + getattr(self, f"positions_{i}")      # (B, N_i, D)
+            for i, x in enumerate(bands)
+        ]
+        if self.num_cond:
+            xs[0] = torch.cat([*(token.expand(b, -1, -1) for token in tokens), xs[0]], dim=1)   # (B, num_cond + N_0, D)
+        for block in self.blocks:
+            xs = block(xs, c, self.num_cond)
+        xs[0] = xs[0][:, self.num_cond :]
+        return [
+            unpatchify(self.patch_out[i](x, c), p, *band.shape[-2:])                # (B, C, H_i, W_i)
+            for i, (x, band) in enumerate(zip(xs, bands, strict=True))
+        ]
+
+    def count_parameters(self) -> int:
+        """Closed form. A test compares it with the tensors."""
+        d, k, patch = self.hidden_size, self.num_scales, self.in_channels * self.patch_size**2
+        full, qkv = (k if self.experts == "full" else 1), (k if self.experts != "none" else 1)
+        block = qkv * (3 * d * d + 3 * d) + full * (15 * d * d + 12 * d)            # 15 = modulation 6, proj 1, mlp 8
+        embed = (256 * d + d) + (d * d + d) + ((self.num_classes + 1) * d if self.num_classes else 0)
+        bands = k * ((patch * d + d) + (2 * d * d + 2 * d) + (d * patch + patch))
+        return self.depth * block + embed + bands
+
+    def attention_pairs(self, stage: int) -> int:
+        """Query-key pairs of one attention with bands 0..stage, condition tokens included."""
+        n = [self.num_tokens[i] + (self.num_cond if i == 0 else 0) for i in range(stage + 1)]
+        if self.mask == "none":
+            return sum(n) ** 2
+        if self.mask == "causal":
+            return sum(n_i * sum(n[: i + 1]) for i, n_i in enumerate(n))
+        return sum(n_i * (self.num_cond + n_i) for n_i in self.num_tokens[: stage + 1]) + self.num_cond**2
+
+    def flops(self, stage: int) -> int:
+        """FLOPs (two per multiply-add) of one forward pass of one image with bands 0..stage. Closed form.
+
+        Counts matrix products only, as torch's FlopCounterMode does; that is what a test compares it with.
+        """
+        d, k, patch = self.hidden_size, stage + 1, self.in_channels * self.patch_size**2
+        tokens, full = sum(self.num_tokens[:k]), k if self.experts == "full" else 1
+        block = (tokens + self.num_cond) * 12 * d * d + 2 * self.attention_pairs(stage) * d + full * 6 * d * d
+        bands = tokens * 2 * patch * d + k * 2 * d * d                              # patches in and out
+        return 2 * (self.depth * block + bands + (256 * d + d * d))
+
+    def mean_flops(self) -> float:
+        """FLOPs of one forward pass of one image, averaged over the stages of training (drawn uniformly)."""
+        return sum(self.flops(s) for s in range(self.num_scales)) / self.num_scales
+
+
+def main() -> None:
+    """Prints parameters, tokens and FLOPs of the four sizes, and shows on a small model that the mask holds."""
+    import argparse
+
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.parse_args()
+    print("32 x 32 latents")
+    print("size   K  experts  parameters M   tokens of each stage   forward GFLOPs of each stage, mean")
+    for name in SIZES:
+        for num_scales, experts in ((1, "none"), (2, "qkv"), (2, "full")):
+            with torch.device("meta"):
+                model = MoTDiT(f"{name}/2", num_scales=num_scales, experts=experts)
+            tokens = [sum(model.num_tokens[: s + 1]) for s in range(num_scales)]
+            flops = "  ".join(f"{model.flops(s) / 1e9:6.1f}" for s in range(num_scales))
+            print(f"{name + '/2':5s}  {num_scales}  {experts:7s}  {model.count_parameters() / 1e6:12.1f}   "
+                  f"{str(tokens):20s}   {flops}, {model.mean_flops() / 1e9:6.1f}")
+
+    model = MoTDiT((64, 3, 4, 2), in_channels=1, resolution=16, num_scales=3)
+    for parameter in model.parameters():                    # leave the zero initialisation
+        torch.nn.init.normal_(parameter, std=0.1)
+    bands = [torch.randn(1, 1, 4 * 2**i, 4 * 2**i) for i in range(3)]
+    before = model(bands, torch.tensor([0.7]))
+    print("\nhow far the output of each band moves when the input of one band changes (causal mask, K = 3)")
+    for j in range(3):
+        changed = [b + (i == j) for i, b in enumerate(bands)]
+        moved = [(a - b).abs().max().item() for a, b in zip(model(changed, torch.tensor([0.7])), before, strict=True)]
+        print(f"  input of band {j} changed:  " + "  ".join(f"band {i} {m:.1e}" for i, m in enumerate(moved)))
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main()

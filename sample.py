@@ -1,0 +1,367 @@
+"""Sampling: one ODE solve for each segment, coarse bands first, no noise added in between (Algorithm 2).
+
+    python sample.py                                         40 images of the newest run
+    python sample.py --num 500 --labels balanced --seed 3 --out DIR
+    python sample.py --labels 7 --cfg 1.5 --solver heun --steps 20
+
+Writes DIR/grid.png and DIR/samples.npz (`images` uint8 (N, H, W, C), `labels` (N,), -1 when unconditional).
+Image i depends on the seed and on i alone. The fixed-step solvers keep that up to float rounding; dopri5 chooses its
+steps for a whole batch at once, so there an image also depends, within the tolerance, on its batch.
+"""
+
+import json
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import config
+
+if __name__ == "__main__":                                  # before torch is loaded: --help answers at once
+    PARSER = config.parser(__doc__, "python sample.py [--run DIR] [--num N] [options]")
+    config.add_sampling_flags(PARSER)
+    PARSER.add_argument("--num", type=int, default=40, help="number of images [40]")
+    PARSER.add_argument("--out", help="directory to write [RUN/samples]")
+    ARGUMENTS = PARSER.parse_args()
+
+import numpy as np
+import torch
+from torchdiffeq import odeint
+from tqdm import tqdm
+
+import checkpoint
+import data
+from config import Config, UserError
+from model import MoTDiT
+from pyramid import reconstruct
+from schedule import Schedule, noise_bands
+
+FIXED = {"euler": "euler", "midpoint": "midpoint", "heun": "heun2", "rk2": "heun2", "rk4": "rk4"}  # torchdiffeq's names
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the method
+
+
+def pack(bands: list) -> torch.Tensor:
+    """Bands, each (B, C, H_i, W_i), as one ODE state (B, M)."""
+    return torch.cat([band.flatten(1) for band in bands], dim=1)
+
+
+def unpack(state: torch.Tensor, shapes: list) -> list:
+    """The inverse of `pack`; shapes (C, H_i, W_i)."""
+    parts = state.split([s.numel() for s in shapes], dim=1)
+    return [part.reshape(len(state), *shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def share_steps(steps: int, segments: list) -> list[int]:
+    """Fixed steps of every segment, in proportion to its length; each gets one at least."""
+    return [max(1, round(steps * end) - round(steps * start)) for start, end in segments]
+
+
+def solve(velocity, noise, schedule, solver="dopri5", rtol=1e-5, atol=1e-5, steps=None, norm="batch"):
+    """Algorithm 2: integrates all bands from t = 0 to 1. Returns the bands at t = 1 and the number of velocity calls.
+
+    velocity(bands, t) -> velocities of those bands; t is a scalar tensor, and the bands are 0..j in segment j
+    noise       K bands (B, C, H_i, W_i) at unit scale; band j enters at T_j as sigma(T_j) noise_j, its exact law there
+    solver      dopri5, or with `steps` (shared out over the segments): euler, midpoint, heun (= rk2), rk4
+    norm        what dopri5 holds below the tolerance: "batch", the root mean square over all images as torchdiffeq and
+                so the paper's code base do (the default: NFE stay comparable), or "sample", that of the worst image:
+                no image then pays for an easy batch, at more NFE
+
+    The solver never crosses a start time, where the field jumps. State and time are float32 or better whatever the
+    network computes in. Raises UserError for arguments that do not fit and for velocities that are not finite.
+    """
+    if solver not in FIXED and solver != "dopri5":
+        raise UserError(f"unknown solver {solver!r}; choose one of {', '.join(config.SOLVERS)}")
+    if solver == "dopri5" and steps:
+        raise UserError("dopri5 chooses its own steps: leave out --steps, or set its tolerances with --rtol and --atol")
+    if solver != "dopri5" and not steps:
+        raise UserError(f"the solver {solver} needs a number of steps: add --steps, for example --steps 40")
+
+    if solver == "dopri5":
+        options = {"dtype": torch.float32 if noise[0].device.type == "mps" else torch.float64}      # of the time
+        if norm == "sample":
+            options["norm"] = lambda state: state.square().mean(dim=1).sqrt().max()
+    bands, nfe = [], 0
+    for j, (start, end) in enumerate(schedule.segments):
+        sigma = schedule.coefficients(j, start)[1].to(noise[j])
+        bands.append(sigma * noise[j].to(torch.promote_types(noise[j].dtype, torch.float32)))
+        shapes = [band.shape[1:] for band in bands]
+
+        def field(t, state, j=j, shapes=shapes):
+            nonlocal nfe
+            nfe += 1
+            v = pack(velocity(unpack(state, shapes), t)).to(state)
+            if not v.isfinite().all():
+                raise UserError(f"the velocity is not finite at t = {t.item():.4f}, in segment {j} of "
+                                f"{len(noise)}: these weights have diverged; sample an earlier checkpoint")
+            return v
+
+        times = torch.tensor([start, end], dtype=torch.float32, device=noise[0].device)
+        if solver != "dopri5":
+            count = share_steps(steps, schedule.segments)[j]
+            grid = torch.linspace(start, end, count + 1, device=noise[0].device)
+            grid[0], grid[-1] = times
+            options = {"grid_constructor": lambda func, y0, t, grid=grid: grid}
+        method = FIXED.get(solver, solver)
+        state = odeint(field, pack(bands), times, rtol=rtol, atol=atol, method=method, options=options)[-1]
+        bands = unpack(state, shapes)
+    return bands, nfe
+
+
+class Guided:
+    """A model whose velocity is v_null + w (v_cond - v_null), on all channels and all bands, in one doubled batch.
+
+    Nothing is doubled when w is 1 or there are no labels. `calls` counts the calls by number of active bands.
+    """
+
+    def __init__(self, model, cfg_scale: float = 1.0):
+        self.model, self.cfg_scale, self.calls = model, cfg_scale, Counter()
+
+    @torch.no_grad()
+    def __call__(self, bands, t, y):
+        self.calls[len(bands)] += 1
+        if y is None or self.cfg_scale == 1:
+            return [v.float() for v in self.model(bands, t, y)]
+        null = torch.full_like(y, self.model.num_classes)
+        both = self.model([torch.cat([band, band]) for band in bands], torch.cat([t, t]), torch.cat([y, null]))
+        halves = [v.float().chunk(2) for v in both]
+        return [v_null + self.cfg_scale * (v_cond - v_null) for v_cond, v_null in halves]
+
+
+def sample(model, n, y, schedule, shape, noise="pyramid", solve=solve, **solver) -> torch.Tensor:
+    """Draws x1 (B, C, H, W) with C, H, W = shape.
+
+    model(bands, t, y) -> velocities with t (B,); n is a source of Gaussians such as `data.ImageRandom`; y (B,) or None;
+    `solver` goes to `solve`.
+    """
+    def velocity(bands, t):
+        return model(bands, t.expand(len(bands[0])), y)
+
+    bands, _ = solve(velocity, noise_bands(n, shape, schedule.num_scales, noise), schedule, **solver)
+    return reconstruct(bands)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# runs
+
+
+def best_device(name: str | None = None) -> torch.device:
+    """The device of that name, or the best there is. Raises UserError when it is not there."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as problem:
+        raise UserError(f"the device {name!r} cannot be used: {str(problem).splitlines()[0]}") from None
+
+
+def build_model(cfg: Config, channels: int, num_classes: int) -> MoTDiT:
+    """The network of a configuration, freshly initialised."""
+    return MoTDiT(cfg.size, channels, cfg.res, cfg.num_scales, num_classes, cfg.experts, cfg.mask,
+                  cfg.condition_tokens)
+
+
+@dataclass
+class Run:
+    """A trained model with what is needed to sample it."""
+
+    cfg: Config
+    model: MoTDiT
+    classes: list[str]
+    folder: Path
+    step: int
+    weights: str                                            # "ema" or "raw"
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.model.in_channels, self.model.resolution, self.model.resolution
+
+
+def load_run(folder: str | None = None, raw: bool = False, device: str | None = None) -> Run:
+    """The newest whole checkpoint of a run directory, or of the newest run. Raises UserError when there is none."""
+    folder = Path(folder) if folder else checkpoint.newest_run()
+    if not folder.is_dir():
+        raise UserError(f"there is no run directory {str(folder)!r}; train one with python train.py")
+    state = checkpoint.load_newest(folder)
+    if state is None:
+        raise UserError(f"{str(folder)!r} holds no checkpoint; train with python train.py --out {folder}")
+    weights = "raw" if raw or state["ema"] is None else "ema"
+    cfg, classes = Config.from_dict(state["config"]), state["data"]["classes"]
+    model = build_model(cfg, state["data"]["channels"], len(classes))
+    try:
+        model.load_state_dict(state["ema" if weights == "ema" else "model"])
+    except RuntimeError as problem:
+        raise UserError(f"the weights in {folder} do not fit their own configuration: "
+                        f"{str(problem).splitlines()[-1].strip()}") from None
+    model.eval().requires_grad_(False).to(best_device(device))
+    return Run(cfg, model, classes, folder, state["step"], weights)
+
+
+def solver_settings(cfg: Config, args=None) -> dict:
+    """Solver, tolerances, steps and guidance: those of the run, unless the command line gives others."""
+    given = {} if args is None else {k: v for k, v in vars(args).items() if v is not None}
+    solver = given.get("solver", cfg.solver)
+    settings = {"solver": solver, "norm": given.get("norm", "batch"), "cfg_scale": given.get("cfg", cfg.cfg_scale)}
+    if solver == "dopri5":
+        settings.update(rtol=given.get("rtol", cfg.rtol), atol=given.get("atol", cfg.atol), steps=given.get("steps"))
+    else:
+        settings["steps"] = given.get("steps", cfg.solver_steps)
+    return settings
+
+
+def choose_labels(text: str, num: int, classes: list[str]) -> np.ndarray | None:
+    """Labels (num,) for "balanced" (classes in turn), a label or a class name; None for an unconditional model."""
+    if not classes:
+        if text != "balanced":
+            raise UserError(f"--labels {text} asks for a class, but this run was trained without classes")
+        return None
+    if text == "balanced":
+        return np.arange(num) % len(classes)
+    label = classes.index(text) if text in classes else int(text) if text.isdecimal() else -1
+    if not 0 <= label < len(classes):
+        raise UserError(f"there is no label {text!r}: use 0 to {len(classes) - 1}, or a name like {classes[0]!r}")
+    return np.full(num, label)
+
+
+def generate(run: Run, num: int, labels: np.ndarray | None, seed=0, batch=250, cfg_scale=1.0, progress=True, **solver):
+    """Images 0..num-1 of a seed: uint8 (num, H, W, C), and a report of what they cost."""
+    model, schedule = Guided(run.model, cfg_scale), Schedule(run.cfg.starts, run.cfg.path)
+    images, began = [], time.perf_counter()
+    with tqdm(total=num, desc="sampling", unit="img", disable=not progress, leave=False) as bar:
+        for first in range(0, num, batch):
+            numbers = range(first, min(first + batch, num))
+            n = data.ImageRandom(seed, numbers, run.device)
+            y = None if labels is None else torch.as_tensor(labels[first : numbers.stop], device=run.device)
+            x1 = sample(model, n, y, schedule, run.shape, run.cfg.noise, **solver)
+            images.append(data.to_uint8(x1).permute(0, 2, 3, 1).cpu().numpy())
+            bar.update(len(numbers))
+    batches = -(-num // batch)
+    nfe = [model.calls[j + 1] / batches for j in range(schedule.num_scales)]    # mean over the batches, by segment
+    report = {"num": num, "seed": seed, "batch": batch, "cfg_scale": cfg_scale, **solver,
+              "nfe_segments": nfe, "nfe": sum(nfe),
+              "forwards": sum(nfe) * (2 if labels is not None and cfg_scale != 1 else 1),
+              "seconds_per_image": (time.perf_counter() - began) / num,
+              "device": str(run.device), "weights": run.weights, "step": run.step, "run": str(run.folder)}
+    return np.concatenate(images), report
+
+
+def describe(report: dict) -> str:
+    """NFE, cost and provenance of generated images, in lines for people."""
+    settings = [f"{key} {report[key]:g}" for key in ("rtol", "atol", "steps") if report.get(key)]
+    if report["solver"] == "dopri5":
+        settings.append(f"norm over the {report['norm']}")
+    segments = " + ".join(f"{n:g}" for n in report["nfe_segments"])
+    return (f"weights    {report['weights']} at step {report['step']} of {report['run']}\n"
+            f"solver     {report['solver']}, {', '.join(settings)}, {report['batch']} images at a time\n"
+            f"guidance   {report['cfg_scale']:g}\n"
+            f"NFE        {segments} = {report['nfe']:g} by segment ({report['forwards']:g} network passes per image)\n"
+            f"time       {report['seconds_per_image']:.4f} s per image on {report['device']}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pictures
+
+
+def draw_images(path: Path, rows: list, labels: list, columns: list | None = None, names: list | None = None) -> None:
+    """A table of small images, enlarged. rows: lists of uint8 (H, W, C) or of text for an empty cell; labels above
+    each cell (or None), titles of the columns and names of the rows. All images become the size of the largest."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    side = max(cell.shape[0] for row in rows for cell in row if not isinstance(cell, str))
+    pitch, width = side * 1.15, max(len(row) for row in rows)
+    gap = pitch * (1.3 if any(labels) else 1.0)
+    figure = plt.figure(figsize=(0.95 * width + 0.6, 0.95 * len(rows) * gap / pitch + 0.4))
+    axis = figure.add_axes((0, 0, 1, 1))
+    for r, row in enumerate(rows):
+        top = r * gap
+        for c, cell in enumerate(row):
+            box = (c * pitch, c * pitch + side, top + side, top)
+            middle = c * pitch + side / 2
+            if isinstance(cell, str):
+                axis.text(middle, top + side / 2, cell, ha="center", va="center", fontsize=7, color="gray")
+            else:
+                axis.imshow(cell.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest", extent=box)
+            if labels and labels[r]:
+                axis.text(middle, top - 0.04 * side, labels[r][c], ha="center", va="bottom", fontsize=9)
+        if names:
+            axis.text(-0.08 * side, top + side / 2, names[r], ha="right", va="center", fontsize=9)
+    for c, title in enumerate(columns or []):
+        axis.text(c * pitch + side / 2, -0.1 * side, title, ha="center", va="bottom", fontsize=9)
+    left = 0.9 * side if names else 0.1 * side
+    axis.set(xlim=(-left, width * pitch), ylim=((len(rows) - 1) * gap + 1.1 * side, -0.4 * side))
+    axis.set_aspect("equal")
+    axis.set_axis_off()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_grid(path: Path, images: np.ndarray, labels: np.ndarray | None, classes: list[str], columns: int = 10) -> None:
+    """The first images (at most 100), enlarged, with their labels above them."""
+    images = images[:100]
+    rows = [list(images[i : i + columns]) for i in range(0, len(images), columns)]
+    text = [None if labels is None else [classes[y] for y in labels[i : i + columns]]
+            for i in range(0, len(images), columns)]
+    draw_images(path, rows, text)
+
+
+def draw_trajectory(path: Path, run: Run, labels: np.ndarray | None, seed: int = 0, count: int = 3) -> None:
+    """Each band and their sum at several times, from noise to image, for a few images (Euler, 80 steps)."""
+    schedule, states = Schedule(run.cfg.starts, run.cfg.path), []
+    y = None if labels is None else torch.as_tensor(labels[:count], device=run.device)
+    model = Guided(run.model, run.cfg.cfg_scale)
+
+    def velocity(bands, t):
+        states.append((t.item(), bands))                                        # Euler calls once for each step
+        return model(bands, t.expand(count), y)
+
+    n = data.ImageRandom(seed, range(count), run.device)
+    noise = noise_bands(n, run.shape, schedule.num_scales, run.cfg.noise)
+    bands, _ = solve(velocity, noise, schedule, "euler", steps=80)
+    states.append((1.0, bands))
+
+    def pixels(x):
+        return data.to_uint8(x).permute(1, 2, 0).cpu().numpy()
+
+    shown = [min(states, key=lambda state: abs(state[0] - t)) for t in np.linspace(0, 1, 9)]
+    rows, names = [], []
+    for image in range(count):
+        for i, start in enumerate(schedule.starts):
+            gain = 1 if i == 0 else 2                                           # fine bands: residuals around mid-grey
+            rows.append([pixels(gain * bands[i][image]) if i < len(bands) else f"from\nt = {start:.2g}"
+                         for _, bands in shown])
+            names.append(f"band {i}")
+        rows.append([pixels(reconstruct(bands)[image]) for _, bands in shown])
+        names.append("sum")
+    draw_images(path, rows, [], [f"t = {t:.2f}" for t, _ in shown], names)
+
+
+def main(args) -> None:
+    if args.num < 1 or args.batch < 1 or args.seed < 0:
+        raise UserError("--num and --batch must be at least 1, and --seed at least 0")
+    run = load_run(args.run, args.raw, args.device)
+    labels = choose_labels(args.labels, args.num, run.classes)
+    images, report = generate(run, args.num, labels, args.seed, args.batch, **solver_settings(run.cfg, args))
+    out = Path(args.out or run.folder / "samples")
+    out.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(out / "samples.npz", images=images, labels=np.full(args.num, -1) if labels is None else labels)
+    (out / "report.json").write_text(json.dumps(report, indent=2))
+    draw_grid(out / "grid.png", images, labels, run.classes)
+    print(describe(report))
+    print(f"wrote      {out}/grid.png, samples.npz, report.json")
+
+
+if __name__ == "__main__":
+    try:
+        main(ARGUMENTS)
+    except UserError as problem:
+        sys.exit(f"error: {problem}")

@@ -1,0 +1,44 @@
+"""Shared by the tests: small random networks, and a way to run a script as a user would."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import MoTDiT
+
+ROOT = Path(__file__).resolve().parent.parent
+torch.set_num_threads(2)
+
+
+def random_model(seed=0, **kwargs) -> MoTDiT:
+    """A small MoT-DiT with random weights everywhere: an untrained one returns zeros, which would hide mistakes."""
+    torch.manual_seed(seed)
+    settings = dict(size=(48, 2, 3, 2), in_channels=2, resolution=16, num_scales=3, num_classes=5)
+    model = MoTDiT(**{**settings, **kwargs}).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.08)
+    return model
+
+
+def random_bands(model: MoTDiT, batch=2, seed=1, dtype=torch.float32) -> list:
+    generator = torch.Generator().manual_seed(seed)
+    sides = [model.resolution >> k for k in reversed(range(model.num_scales))]
+    return [torch.randn(batch, model.in_channels, s, s, generator=generator, dtype=dtype) for s in sides]
+
+
+@pytest.fixture
+def run_script(tmp_path):
+    """run_script("train.py", "--steps", "3") in an empty directory; returns the finished process."""
+    def run(script, *arguments, check=True):
+        process = subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], cwd=tmp_path,
+                                 capture_output=True, text=True, timeout=300,
+                                 env={**os.environ, "OMP_NUM_THREADS": "2"})
+        if check:
+            assert process.returncode == 0, process.stdout + process.stderr
+        return process
+
+    return run

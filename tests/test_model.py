@@ -1,0 +1,210 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from config import UserError
+from conftest import random_bands, random_model
+from model import MoTDiT, attention, parse_size, patchify, sincos_positions, unpatchify
+
+
+def masked_attention(q, k, v, mask, num_cond):
+    """The readable reference: one softmax over all tokens with an explicit boolean mask, in float64."""
+    sizes = [x.shape[2] for x in q]
+    band = torch.cat([torch.full((n,), i) for i, n in enumerate(sizes)])
+    condition = torch.arange(len(band)) < num_cond
+    q, k, v = (torch.cat(x, dim=2).double() for x in (q, k, v))
+    reads = {"none": torch.ones(len(band), len(band), dtype=torch.bool),
+             "causal": band[:, None] >= band[None, :],
+             "self": ((band[:, None] == band[None, :]) & ~condition[:, None]) | condition[None, :]}[mask]
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    return (scores.masked_fill(~reads, -torch.inf).softmax(dim=-1) @ v).split(sizes, dim=2)
+
+
+@pytest.mark.parametrize("num_cond", [0, 2])
+@pytest.mark.parametrize("mask", ["causal", "none", "self"])
+@pytest.mark.parametrize("sizes", [[6], [6, 16], [6, 16, 64]])
+def test_attention_equals_the_masked_softmax(mask, sizes, num_cond):
+    q, k, v = ([torch.randn(2, 3, n, 8) for n in sizes] for _ in range(3))
+    for ours, reference in zip(attention(q, k, v, mask, num_cond), masked_attention(q, k, v, mask, num_cond),
+                               strict=True):
+        assert torch.allclose(ours.double(), reference, atol=1e-5)
+
+
+@pytest.mark.parametrize("condition_tokens", [True, False])
+@pytest.mark.parametrize("mask, reads", [("causal", lambda i, j: j <= i), ("none", lambda i, j: True),
+                                         ("self", lambda i, j: i == j)])
+def test_changing_a_band_moves_exactly_the_bands_the_mask_allows(mask, reads, condition_tokens):
+    model = random_model(mask=mask, condition_tokens=condition_tokens)
+    bands, t, y = random_bands(model), torch.tensor([0.7, 0.9]), torch.tensor([0, 3])
+    before = model(bands, t, y)
+    for j in range(3):
+        changed = [b + torch.randn_like(b) if i == j else b for i, b in enumerate(bands)]
+        for i, (a, b) in enumerate(zip(model(changed, t, y), before, strict=True)):
+            assert torch.equal(a, b) != reads(i, j), (i, j)
+
+
+@pytest.mark.parametrize("experts", ["full", "qkv", "none"])
+def test_a_prefix_of_bands_gives_the_same_coarse_velocities(experts):
+    model = random_model(experts=experts)
+    bands, t, y = random_bands(model), torch.tensor([0.7, 0.9]), torch.tensor([0, 3])
+    whole = model(bands, t, y)
+    for count in (1, 2):
+        for a, b in zip(model(bands[:count], t, y), whole, strict=False):
+            assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_time_label_and_position_reach_every_band():
+    model = random_model()
+    bands, t, y = random_bands(model), torch.tensor([0.7, 0.9]), torch.tensor([0, 3])
+    before = model(bands, t, y)
+    for after in (model(bands, t + 0.05, y), model(bands, t, y + 1), model([b.flip(-1) for b in bands], t, y)):
+        for a, b in zip(after, before, strict=True):
+            assert (a - b).abs().max() > 1e-3
+
+
+def test_examples_of_a_batch_do_not_mix():
+    model = random_model()
+    bands, t, y = random_bands(model, batch=3), torch.tensor([0.7, 0.8, 0.9]), torch.tensor([0, 3, 5])
+    whole = model(bands, t, y)
+    alone = model([b[1:2] for b in bands], t[1:2], y[1:2])
+    assert all(torch.allclose(a, b[1:2], atol=1e-5) for a, b in zip(alone, whole, strict=True))
+
+
+@pytest.mark.parametrize("mask", ["causal", "none", "self"])
+@pytest.mark.parametrize("num_classes", [0, 10])
+def test_the_untrained_model_returns_zeros(mask, num_classes):
+    model = MoTDiT((48, 2, 3, 2), 3, 16, 3, num_classes, mask=mask)
+    for v, band in zip(model(random_bands(model), torch.tensor([0.1, 0.9])), random_bands(model), strict=True):
+        assert v.shape == band.shape and torch.equal(v, torch.zeros_like(v))
+
+
+def test_no_label_means_the_null_label():
+    model, t = random_model(), torch.tensor([0.7, 0.9])
+    bands = random_bands(model)
+    null = model(bands, t, torch.tensor([5, 5]))
+    assert all(torch.equal(a, b) for a, b in zip(model(bands, t), null, strict=True))
+
+
+def test_one_scale_is_a_plain_dit():
+    """A DiT block written from its definition, with the weights of ours, gives the same output."""
+    model = random_model(num_scales=1, condition_tokens=False)
+    x, t, y = random_bands(model)[0], torch.tensor([0.3, 0.8]), torch.tensor([1, 4])
+    c = F.silu(model.time(t) + model.label(y))
+    h = model.patch_in[0](patchify(x, 2)) + model.positions_0
+    for block in model.blocks:
+        s1, c1, g1, s2, c2, g2 = (p[:, None] for p in block.modulation[0](c).chunk(6, dim=1))
+        n = F.layer_norm(h, (48,), eps=1e-6) * (1 + c1) + s1
+        q, k, v = (p.unflatten(-1, (3, 16)).transpose(1, 2) for p in block.qkv[0](n).chunk(3, dim=-1))
+        a = ((q @ k.transpose(-1, -2) / 4).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        h = h + g1 * block.proj[0](a)
+        h = h + g2 * block.mlp[0](F.layer_norm(h, (48,), eps=1e-6) * (1 + c2) + s2)
+    expected = unpatchify(model.patch_out[0](h, c), 2, 16, 16)
+    assert torch.allclose(model([x], t, y)[0], expected, atol=1e-5)
+
+
+def test_patches_are_cut_and_joined():
+    x = torch.arange(2 * 3 * 8 * 4.0).view(2, 3, 8, 4)
+    tokens = patchify(x, 2)
+    assert tokens.shape == (2, 8, 12)
+    assert torch.equal(tokens[0, 1].view(3, 2, 2), x[0, :, 0:2, 2:4])           # second token: second patch of row one
+    assert torch.equal(unpatchify(tokens, 2, 8, 4), x)
+
+
+def test_positions_are_those_of_dit():
+    positions = sincos_positions(16, 8).view(8, 8, 16)
+    for row, column in ((0, 0), (3, 5), (7, 1)):
+        for half, place in zip(positions[row, column].split(8), (row, column), strict=True):
+            angle = place / 10000 ** (torch.arange(4) / 4)
+            assert torch.allclose(half, torch.cat([angle.sin(), angle.cos()]), atol=1e-6)
+
+
+@pytest.mark.parametrize("size, million", [("S/2", 33), ("B/2", 130), ("L/2", 457), ("XL/2", 674)])
+def test_parameters_of_one_scale_are_those_of_dit(size, million):
+    with torch.device("meta"):
+        model = MoTDiT(size, num_scales=1, num_classes=1000)
+    # DiT also predicts a variance: 4 more output channels, (D + 1) * 16 parameters that velocity models do not have
+    dit = model.count_parameters() + (model.hidden_size + 1) * 16
+    assert sum(p.numel() for p in model.parameters()) == model.count_parameters()
+    assert dit / 1e6 == pytest.approx(million, rel=0.01)
+
+
+def test_qkv_experts_add_what_the_paper_adds():
+    """Section 5 of our specification: L/2 with QKV per scale costs 24 * 3 * (1024^2 + 1024) = 75.6 M more per scale."""
+    count = {}
+    for num_scales in (1, 2, 3):
+        with torch.device("meta"):
+            count[num_scales] = MoTDiT("L/2", resolution=64, num_scales=num_scales, experts="qkv").count_parameters()
+    assert (count[2] - count[1]) / 1e6 == pytest.approx(75.6 + 2.1, abs=0.2)    # 2.1 M: patches and final layer
+    assert (count[3] - count[2]) == (count[2] - count[1])
+
+
+@pytest.mark.parametrize("num_classes", [0, 10])
+@pytest.mark.parametrize("experts", ["full", "qkv", "none"])
+@pytest.mark.parametrize("num_scales", [1, 2, 3])
+def test_parameter_count_is_closed_form(num_scales, experts, num_classes):
+    model = MoTDiT((48, 2, 3, 2), 3, 16, num_scales, num_classes, experts)
+    assert model.count_parameters() == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("condition_tokens", [True, False])
+@pytest.mark.parametrize("experts", ["full", "qkv", "none"])
+@pytest.mark.parametrize("mask", ["causal", "none", "self"])
+def test_flops_are_those_torch_counts(mask, experts, condition_tokens):
+    model = random_model(mask=mask, experts=experts, condition_tokens=condition_tokens)
+    bands = random_bands(model, batch=1)
+    for stage in range(3):
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(bands[: stage + 1], torch.tensor([0.9]), torch.tensor([1]))
+        assert model.flops(stage) == counter.get_total_flops()
+    assert model.mean_flops() == sum(model.flops(s) for s in range(3)) / 3
+
+
+def test_dit_flops_are_the_published_ones():
+    """DiT's Table 1, G multiply-adds at 256 tokens: S 6.06, B 23.01, L 80.71, XL 118.64."""
+    for size, published in (("S/2", 6.06), ("B/2", 23.01), ("L/2", 80.71), ("XL/2", 118.64)):
+        with torch.device("meta"):
+            model = MoTDiT(size, num_scales=1, num_classes=1000, condition_tokens=False)
+        assert model.flops(0) / 2e9 == pytest.approx(published, rel=0.01)
+
+
+@pytest.mark.parametrize("num_scales, causal, unmasked", [(2, 0.688, 0.8125), (3, 0.493, 0.608)])
+def test_attention_cost_relative_to_one_scale(num_scales, causal, unmasked):
+    """Query-key pairs, mean over the stages, in units of a single-scale layer (paper, Appendix C: 0.608)."""
+    for mask, expected in (("causal", causal), ("none", unmasked)):
+        with torch.device("meta"):
+            model = MoTDiT("S/2", num_scales=num_scales, mask=mask, condition_tokens=False)
+        pairs = sum(model.attention_pairs(s) for s in range(num_scales)) / num_scales
+        assert pairs / 256**2 == pytest.approx(expected, abs=1e-3)
+
+
+def test_sizes():
+    assert parse_size("XL/2") == (1152, 28, 16, 2)
+    assert parse_size("B/4") == (768, 12, 12, 4)
+    assert parse_size("64,2,4,1") == parse_size((64, 2, 4, 1)) == (64, 2, 4, 1)
+    for wrong in ("M/2", "B", "B/x", "B/0", "64,2,4", "66,2,4,2", (64, 2, 5, 2), "B/2/2", ""):
+        with pytest.raises(UserError, match="size"):
+            parse_size(wrong)
+
+
+def test_a_resolution_that_does_not_fit_says_which_is_nearest():
+    with pytest.raises(UserError, match="nearest that works is 32"):
+        MoTDiT("S/2", resolution=30, num_scales=3)
+    with pytest.raises(UserError, match="divisible by 2 \\* 2\\^2 = 8"):
+        MoTDiT("S/2", resolution=4, num_scales=3)
+    for option in ("experts", "mask"):
+        with pytest.raises(UserError, match=option):
+            MoTDiT((48, 2, 3, 2), **{option: "all"})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("mask", ["causal", "none", "self"])
+def test_cuda_bfloat16_agrees_with_float32_on_the_cpu(mask):
+    model = random_model(mask=mask)
+    bands, t, y = random_bands(model), torch.tensor([0.7, 0.9]), torch.tensor([0, 3])
+    expected = model(bands, t, y)
+    with torch.autocast("cuda", torch.bfloat16), torch.no_grad():
+        ours = model.cuda()([b.cuda() for b in bands], t.cuda(), y.cuda())
+    for a, b in zip(ours, expected, strict=True):
+        assert (a.float().cpu() - b).norm() / b.norm() < 2e-2

@@ -1,0 +1,66 @@
+import pytest
+import torch
+
+from pyramid import decompose, down, reconstruct, up
+
+
+@pytest.mark.parametrize("num_scales", [1, 2, 3, 4])
+def test_reconstruction_is_exact(num_scales):
+    x = torch.randn(2, 3, 16, 24, dtype=torch.float64)
+    bands = decompose(x, num_scales)
+    assert [tuple(b.shape) for b in bands] == [(2, 3, 16 >> k, 24 >> k) for k in reversed(range(num_scales))]
+    assert (reconstruct(bands) - x).abs().max() < 1e-14
+    x = x.float()
+    assert (reconstruct(decompose(x, num_scales)) - x).abs().max() < 1e-6
+
+
+def test_down_after_up_is_the_identity():
+    x = torch.randn(2, 3, 4, 6)
+    assert torch.equal(down(up(x)), x)
+    assert up(x).shape == (2, 3, 8, 12)
+
+
+def test_down_and_up_by_hand():
+    x = torch.tensor([[1.0, 2.0], [3.0, 6.0]])[None, None]
+    assert down(x).item() == 3.0
+    assert up(x)[0, 0].tolist() == [[1, 1, 2, 2], [1, 1, 2, 2], [3, 3, 6, 6], [3, 3, 6, 6]]
+
+
+def test_fine_bands_have_zero_mean_in_each_block():
+    for band in decompose(torch.randn(2, 3, 16, 16, dtype=torch.float64), 4)[1:]:
+        assert down(band).abs().max() < 1e-15
+        assert band.abs().max() > 0.1
+
+
+def test_a_prefix_reconstructs_the_smaller_image():
+    x = torch.randn(1, 1, 16, 16, dtype=torch.float64)
+    assert torch.allclose(reconstruct(decompose(x, 4)[:3]), down(x), atol=1e-14)
+
+
+def test_bands_of_white_noise_have_the_stated_std():
+    x = torch.randn(4, 4, 256, 256, generator=torch.Generator().manual_seed(0))
+    for num_scales, stds in ((2, (0.5, 0.866)), (3, (0.25, 0.433, 0.866))):
+        for band, std in zip(decompose(x, num_scales), stds, strict=True):
+            assert band.std().item() == pytest.approx(std, rel=0.01)
+
+
+@pytest.mark.parametrize("shape, num_scales", [((1, 1, 6, 8), 3), ((1, 1, 8, 6), 3), ((1, 1, 8, 8), 0)])
+def test_a_size_that_does_not_divide_is_an_error(shape, num_scales):
+    with pytest.raises(ValueError, match="divisible"):
+        decompose(torch.zeros(shape), num_scales)
+
+
+def test_script_draws_a_picture(run_script, tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (50, 33), (200, 10, 90)).save(tmp_path / "image.png")
+    process = run_script("pyramid.py", "image.png", "--out", "bands.png")
+    assert "largest reconstruction error" in process.stdout
+    assert Image.open(tmp_path / "bands.png").width > 300
+
+
+def test_script_names_an_unreadable_image(run_script, tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    for name in ("text.png", "missing.png"):
+        process = run_script("pyramid.py", name, check=False)
+        assert process.returncode == 1 and name in process.stderr and "Traceback" not in process.stderr

@@ -1,0 +1,264 @@
+import numpy as np
+import pytest
+import torch
+
+import sample
+from config import Config, UserError
+from conftest import random_model
+from data import ImageRandom
+from pyramid import decompose, reconstruct
+from sample import Guided, Run, choose_labels, generate, share_steps, solve
+from schedule import Schedule, noise_bands
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gaussian data x_1 ~ N(0, S): the optimal velocity is linear in the state and known in closed form, so is the flow.
+# With the state z = A x_1 + B n of the active bands, v = A' x_1 + B' n and E[v | z] = Cov(v, z) Cov(z)^-1 z.
+
+SIDE = 8
+
+
+def pyramid_matrices(num_scales):
+    """Row blocks P_i with band_i = P_i x for images of SIDE x SIDE pixels."""
+    basis = torch.eye(SIDE**2, dtype=torch.float64).view(-1, 1, SIDE, SIDE)
+    return [band.flatten(1).T.contiguous() for band in decompose(basis, num_scales)]
+
+
+def smooth_covariance():
+    """A stationary covariance that falls with the distance, with more power in coarse bands, as images have."""
+    place = torch.stack(torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij"), -1).view(-1, 2).double()
+    return torch.exp(-torch.cdist(place, place) / 2)
+
+
+class GaussianOracle:
+    """E[v_i | bands it may read]: all active bands (mask="none") or bands 0..i (mask="causal")."""
+
+    def __init__(self, schedule, covariance, mask):
+        self.schedule, self.covariance, self.mask = schedule, covariance, mask
+        self.matrices = pyramid_matrices(schedule.num_scales)
+
+    def __call__(self, bands, t):
+        rows = []
+        for i, p in enumerate(self.matrices[: len(bands)]):
+            alpha, sigma, d_alpha, d_sigma = (c.item() for c in self.schedule.coefficients(i, t.double()))
+            rows.append((alpha * p, sigma * p, d_alpha * p, d_sigma * p))
+        z, out = [band.flatten(1) for band in bands], []
+        for i, (_, _, d_data, d_noise) in enumerate(rows):
+            read = i + 1 if self.mask == "causal" else len(bands)
+            data, noise = (torch.cat([row[c] for row in rows[:read]]) for c in (0, 1))
+            cov_vz = d_data @ self.covariance @ data.T + d_noise @ noise.T
+            cov_zz = data @ self.covariance @ data.T + noise @ noise.T
+            gain = cov_vz @ torch.linalg.pinv(cov_zz, rtol=1e-10, hermitian=True)   # fine bands have lower rank
+            out.append((torch.cat(z[:read], dim=1) @ gain.T).view_as(bands[i]))
+        return out
+
+
+def flow_matrix(schedule, mask, **solver):
+    """The flow is linear, x_1 = M n: solving it for the basis vectors of n gives M, and M M^T is the covariance."""
+    basis = torch.eye(SIDE**2, dtype=torch.float64).view(-1, 1, SIDE, SIDE)
+    oracle = GaussianOracle(schedule, smooth_covariance(), mask)
+    bands, nfe = solve(oracle, decompose(basis, schedule.num_scales), schedule, **solver)
+    assert nfe > 0
+    return [band.flatten(1).T for band in bands], reconstruct(bands).flatten(1).T
+
+
+@pytest.mark.parametrize("path", ["linear", "quadratic", "gvp"])
+@pytest.mark.parametrize("starts", [(0.0,), (0.0, 0.5), (0.0, 0.33, 0.67)])
+def test_unmasked_oracle_reproduces_the_data_covariance(starts, path):
+    _, flow = flow_matrix(Schedule(starts, path), "none", rtol=1e-6, atol=1e-6)
+    covariance = smooth_covariance()
+    assert (flow @ flow.T - covariance).norm() / covariance.norm() < 1e-3
+
+
+@pytest.mark.parametrize("starts", [(0.0, 0.5), (0.0, 0.33, 0.67)])
+def test_causal_oracle_reproduces_the_coarsest_band(starts):
+    schedule, covariance = Schedule(starts), smooth_covariance()
+    bands, flow = flow_matrix(schedule, "causal", rtol=1e-6, atol=1e-6)
+    p = pyramid_matrices(schedule.num_scales)[0]
+    coarse = p @ covariance @ p.T
+    assert (bands[0] @ bands[0].T - coarse).norm() / coarse.norm() < 1e-3
+    # the finer bands are not exact: that is what the mask costs (a few per cent)
+    assert 1e-3 < (flow @ flow.T - covariance).norm() / covariance.norm() < 0.1
+
+
+@pytest.mark.parametrize("solver, order", [("euler", 1), ("midpoint", 2), ("heun", 2), ("rk2", 2), ("rk4", 4)])
+def test_fixed_step_solvers_have_their_order(solver, order):
+    """Halving the step divides the error by 2^order: dx/dt = t - x has the solution t - 1 + (x_0 + 1) exp(-t)."""
+    noise, schedule = [torch.ones(1, 1, 2, 2, dtype=torch.float64)], Schedule((0.0,))
+    exact, errors = 2 / np.e, []
+    for steps in (8, 16):
+        bands, nfe = solve(lambda bands, t: [t - bands[0]], noise, schedule, solver, steps=steps)
+        errors.append(abs(bands[0].mean().item() - exact))
+        assert nfe == steps * {"euler": 1, "midpoint": 2, "heun": 2, "rk2": 2, "rk4": 4}[solver]
+    assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.25)
+
+
+def test_dopri5_meets_its_tolerance_and_counts_its_calls():
+    calls, noise = [], [torch.ones(1, 1, 2, 2, dtype=torch.float64)]
+
+    def velocity(bands, t):
+        calls.append(t.item())
+        return [torch.cos(3 * t) * bands[0]]
+
+    bands, nfe = solve(velocity, noise, Schedule((0.0,)))
+    assert bands[0].mean().item() == pytest.approx(np.exp(np.sin(3) / 3), abs=1e-5)
+    assert nfe == len(calls) > 10
+
+
+@pytest.mark.parametrize("solver", [dict(), dict(solver="euler", steps=9), dict(solver="rk4", steps=9)])
+def test_solver_stays_inside_the_segments_and_bands_enter_at_their_law(solver):
+    schedule, seen = Schedule((0.0, 0.33, 0.67)), []
+    noise = [torch.randn(2, 1, s, s) for s in (2, 4, 8)]
+
+    def velocity(bands, t):
+        seen.append((len(bands), t.item(), [b.clone() for b in bands]))
+        return [torch.zeros_like(b) for b in bands]
+
+    bands, nfe = solve(velocity, noise, schedule, **solver)
+    for count, t, _ in seen:
+        start, end = schedule.segments[count - 1]
+        assert start - 1e-6 <= t <= end + 1e-6
+    assert nfe == len(seen) and {count for count, _, _ in seen} == {1, 2, 3}
+    for i, start in enumerate(schedule.starts):                                 # nothing moved: sigma(T_i) x_0
+        assert torch.allclose(bands[i], (1 - start) * noise[i])
+
+
+def test_steps_are_shared_out_by_length():
+    assert share_steps(20, Schedule((0.0, 0.5)).segments) == [10, 10]
+    assert share_steps(10, Schedule((0.0, 0.33, 0.67)).segments) == [3, 4, 3]
+    assert share_steps(10, Schedule((0.0, 0.2)).segments) == [2, 8]
+    assert share_steps(1, Schedule((0.0, 0.33, 0.67)).segments) == [1, 1, 1]
+
+
+def test_state_and_time_stay_float32_when_the_network_answers_in_bfloat16():
+    def velocity(bands, t):
+        assert t.dtype == torch.float32 and bands[0].dtype == torch.float32
+        return [(-b).bfloat16() for b in bands]
+
+    for solver in (dict(rtol=1e-2, atol=1e-2), dict(solver="heun", steps=4)):
+        bands, _ = solve(velocity, [torch.ones(1, 1, 2, 2).bfloat16()], Schedule((0.0,)), **solver)
+        assert bands[0].dtype == torch.float32
+
+
+def test_sample_norm_holds_the_tolerance_for_the_worst_image():
+    """One fast and 63 idle images: under the mean over the batch the fast one is allowed a larger error."""
+    speed = torch.zeros(64, 1, 1, 1, dtype=torch.float64)
+    speed[0] = 40.0
+    noise = [torch.ones(64, 1, 2, 2, dtype=torch.float64)]
+
+    def velocity(bands, t):
+        return [speed * torch.cos(speed * t) * torch.ones_like(bands[0])]
+
+    exact, error, nfe = 1 + np.sin(40.0), {}, {}
+    for norm in ("batch", "sample"):
+        bands, nfe[norm] = solve(velocity, noise, Schedule((0.0,)), norm=norm, rtol=1e-4, atol=1e-4)
+        error[norm] = abs(bands[0][0, 0, 0, 0].item() - exact)
+    alone, nfe_alone = solve(lambda bands, t: [speed[:1] * torch.cos(speed[:1] * t) * torch.ones_like(bands[0])],
+                             [noise[0][:1]], Schedule((0.0,)), rtol=1e-4, atol=1e-4)
+    assert nfe["sample"] == nfe_alone > nfe["batch"]
+    assert error["sample"] < error["batch"]
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (dict(solver="dopri5", steps=10), "--steps"), (dict(solver="euler"), "--steps"),
+    (dict(solver="heun", steps=0), "--steps"), (dict(solver="magic"), "unknown solver")])
+def test_arguments_that_do_not_fit_are_errors(arguments, words):
+    with pytest.raises(UserError, match=words):
+        solve(lambda bands, t: bands, [torch.zeros(1, 1, 2, 2)], Schedule((0.0,)), **arguments)
+
+
+@pytest.mark.parametrize("solver", [dict(), dict(solver="euler", steps=10)])
+def test_a_velocity_that_is_not_finite_is_named(solver):
+    def velocity(bands, t):
+        return [b / (0.0 if t > 0.6 else 1.0) * 0 for b in bands]
+
+    noise = [torch.ones(1, 1, 2, 2), torch.ones(1, 1, 4, 4)]
+    with pytest.raises(UserError, match=r"not finite at t = 0\.\d+, in segment 1"):
+        solve(velocity, noise, Schedule((0.0, 0.5)), **solver)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# guidance
+
+
+def test_guidance_zero_is_unconditional_one_is_conditional_and_two_extrapolates():
+    model = random_model()
+    bands = [torch.randn(2, 2, s, s) for s in (4, 8, 16)]
+    t, y = torch.tensor([0.7, 0.9]), torch.tensor([0, 3])
+    with torch.no_grad():
+        null, conditional = model(bands, t, torch.tensor([5, 5])), model(bands, t, y)
+    for scale in (0.0, 1.0, 2.0, 1.5):
+        guided = Guided(model, scale)(bands, t, y)
+        for v, v_null, v_cond in zip(guided, null, conditional, strict=True):   # all bands
+            for channel in range(2):                                            # and all channels
+                expected = v_null[:, channel] + scale * (v_cond[:, channel] - v_null[:, channel])
+                assert torch.allclose(v[:, channel], expected, atol=1e-5)
+
+
+def test_guidance_does_not_double_the_batch_for_nothing():
+    sizes = []
+
+    class Model(torch.nn.Module):
+        num_classes = 5
+
+        def forward(self, bands, t, y):
+            sizes.append(len(t))
+            return bands
+
+    bands, t, y = [torch.ones(2, 1, 4, 4)], torch.ones(2), torch.zeros(2, dtype=torch.long)
+    for scale, labels in ((1.0, y), (3.0, None), (3.0, y)):
+        Guided(Model(), scale)(bands, t, labels)
+    assert sizes == [2, 2, 4]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# images of a run
+
+
+def run_of(model, tmp_path, classes=("a", "b", "c", "d", "e"), **settings):
+    cfg = Config(res=16, num_scales=3, **settings)
+    return Run(cfg, model, list(classes), tmp_path, 7, "ema")
+
+
+@pytest.mark.parametrize("noise", ["pyramid", "independent"])
+def test_an_image_depends_on_its_seed_and_number_only(noise, tmp_path):
+    """Fixed steps: the same up to rounding in any batch. The drawn noise: the same bit for bit."""
+    model, schedule = random_model(), Schedule((0.0, 0.33, 0.67))
+    y = torch.arange(6) % 5
+
+    def draw(numbers, **solver):
+        numbers = list(numbers)
+        return sample.sample(Guided(model), ImageRandom(3, numbers), y[numbers], schedule, (2, 16, 16), noise, **solver)
+
+    whole = draw(range(6), solver="heun", steps=9)
+    assert whole.abs().max() > 0.1
+    for numbers in (range(2), [5], [4, 1]):
+        assert (draw(numbers, solver="heun", steps=9) - whole[list(numbers)]).abs().max() < 1e-5
+    one, many = noise_bands(ImageRandom(3, [4]), (2, 16, 16), 3), noise_bands(ImageRandom(3, range(6)), (2, 16, 16), 3)
+    assert all(torch.equal(a[0], b[4]) for a, b in zip(one, many, strict=True))
+    assert not torch.equal(noise_bands(ImageRandom(2, [4]), (2, 16, 16), 3)[2], one[2])
+    adaptive = draw(range(6)), draw([4])                                        # dopri5: within the tolerance
+    assert (adaptive[0][4] - adaptive[1][0]).abs().max() < 1e-3
+
+
+def test_generate_reports_what_it_did(tmp_path):
+    run = run_of(random_model(), tmp_path)
+    labels = choose_labels("balanced", 7, run.classes)
+    images, report = generate(run, 7, labels, seed=2, batch=3, cfg_scale=2.0, progress=False, solver="heun", steps=6)
+    assert images.shape == (7, 16, 16, 2) and images.dtype == np.uint8
+    assert report["nfe_segments"] == [4, 4, 4] and report["nfe"] == 12 and report["forwards"] == 24
+    text = sample.describe(report)
+    assert "4 + 4 + 4 = 12" in text and "24 network passes" in text and "ema at step 7" in text
+    again, _ = generate(run, 7, labels, seed=2, batch=7, cfg_scale=2.0, progress=False, solver="heun", steps=6)
+    assert (images.astype(int) - again).max() <= 1                              # rounding to 8 bits may differ by one
+
+
+def test_labels():
+    classes = ["cat", "dog", "owl"]
+    assert choose_labels("balanced", 7, classes).tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert choose_labels("2", 2, classes).tolist() == [2, 2] == choose_labels("owl", 2, classes).tolist()
+    assert choose_labels("balanced", 3, []) is None
+    for wrong in ("3", "-1", "cow", "1.5", ""):
+        with pytest.raises(UserError, match="no label"):
+            choose_labels(wrong, 2, classes)
+    with pytest.raises(UserError, match="without classes"):
+        choose_labels("1", 2, [])
