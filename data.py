@@ -107,8 +107,8 @@ class Images:
         return x, torch.from_numpy(self.labels[index]) if self.classes else None
 
     def reference(self, count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """At most `count` unmirrored real images (N, H, W, C) and their labels, for evaluation."""
-        index = np.sort(_epoch(len(self), seed, 0)[:count])
+        """At most `count` unmirrored real images (N, H, W, C) and their labels, shuffled, for evaluation."""
+        index = _epoch(len(self), seed, 0)[:count]
         return self.pixels[index].transpose(0, 2, 3, 1), self.labels[index]
 
 

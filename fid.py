@@ -11,7 +11,14 @@ All of them depend on the number of images: compare only equal n.
 """
 
 import json
+import math
+import os
+import platform
+import re
+import shlex
+import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -22,6 +29,7 @@ if __name__ == "__main__":                                  # before torch is lo
     config.add_sampling_flags(PARSER)
     PARSER.add_argument("--num", type=int, default=500, help="number of images to draw and score [500]")
     PARSER.add_argument("--samples", help="score this samples.npz in place of drawing images")
+    PARSER.add_argument("--record", metavar="FILE", help="append the result and how it was made to a .jsonl file")
     ARGUMENTS = PARSER.parse_args()
 
 import numpy as np
@@ -174,14 +182,28 @@ MEANING = {
 }
 
 
+def evaluate(dataset, images: np.ndarray, labels: np.ndarray | None) -> dict:
+    """Scores of generated images against the training set and, under "real", of as many real ones (at most half of
+    them) against the remaining ones: what a perfect generator would get."""
+    real, real_labels = dataset.reference(max(2 * len(images), 2000))
+    if labels is not None:                                  # asked for some classes only: compare with those
+        real, real_labels = (a[np.isin(real_labels, labels)] for a in (real, real_labels))
+    scores = score(real, real_labels, images, labels)
+    n = min(len(images), len(real) // 2)
+    if n >= 5:
+        scores["real"] = score(real[n:], real_labels[n:], real[:n], None if labels is None else real_labels[:n])
+    return scores
+
+
 def table(scores: dict) -> str:
     """The scores in lines for people."""
-    lines = [f"n          {scores['n']} generated against {scores['n_reference']} real images"]
+    real = scores.get("real", {})
+    lines = [f"reference  {scores['n']} generated images against {scores['n_reference']} of the training set; "
+             f"real: {real.get('n', 0)} of these against the others", f"{'':16s} {'this run':>9s} {'real':>9s}"]
     for name, value in scores.items():
-        if name.startswith("swd_"):
-            lines.append(f"{name:16s} {value:8.2f}   sliced Wasserstein x 1000 of the {name[4:]} x {name[4:]} level")
-        elif name in MEANING:
-            lines.append(f"{name:16s} {value:8.4f}   {MEANING[name]}")
+        if name in MEANING or name.startswith("swd_"):
+            text = MEANING.get(name, f"sliced Wasserstein x 1000 of the level of {name[4:]} pixels; lower is better")
+            lines.append(f"{name:16s} {value:9.4f} {real.get(name, math.nan):9.4f}   {text}")
     return "\n".join(lines)
 
 
@@ -195,6 +217,27 @@ def read_samples(file: str, shape: tuple) -> tuple[np.ndarray, np.ndarray]:
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != shape or len(labels) != len(images):
         raise UserError(f"{file} holds images of shape {images.shape} {images.dtype}; this run makes {shape} uint8")
     return images, labels
+
+
+def record(file: Path, run: sample.Run, scores: dict) -> None:
+    """Appends one line with all that is needed to repeat a measurement; the tables of README.md are made from such."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False,
+                         cwd=Path(__file__).parent)
+    device = torch.cuda.get_device_name() if run.device.type == "cuda" else f"{cpu_name()}, {os.cpu_count()} cores"
+    line = {"date": time.strftime("%Y-%m-%d"), "commit": git.stdout.strip(), "hardware": device,
+            "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
+            "config": run.cfg.to_dict(), **scores}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "a") as stream:
+        stream.write(json.dumps(line) + "\n")
+
+
+def cpu_name() -> str:
+    """The processor's own name where the system tells it (Linux), its architecture elsewhere."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def main(args) -> None:
@@ -211,13 +254,11 @@ def main(args) -> None:
         settings = sample.solver_settings(run.cfg, args)
         images, report = sample.generate(run, args.num, labels, args.seed, args.batch, **settings)
         print(sample.describe(report))
-    real, real_labels = dataset.reference(max(len(images), 2000))
-    if labels is not None:                                  # asked for some classes only: compare with those
-        real, real_labels = (a[np.isin(real_labels, labels)] for a in (real, real_labels))
-    print(f"reference  {len(real)} images of the training set {run.cfg.dataset} at {run.cfg.res} x {run.cfg.res}")
-    scores = score(real, real_labels, images, labels)
+    scores = evaluate(dataset, images, labels)
     print(table(scores))
     (Path(run.folder) / "scores.json").write_text(json.dumps({**report, **scores}, indent=2))
+    if args.record:
+        record(Path(args.record), run, {**report, **scores})
 
 
 if __name__ == "__main__":

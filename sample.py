@@ -59,6 +59,16 @@ def share_steps(steps: int, segments: list) -> list[int]:
     return [max(1, round(steps * end) - round(steps * start)) for start, end in segments]
 
 
+def check_solver(solver: str, steps: int | None, flag: str = "--steps") -> None:
+    """Raises UserError for an unknown solver, for steps of an adaptive one, and for a fixed-step one without."""
+    if solver not in FIXED and solver != "dopri5":
+        raise UserError(f"unknown solver {solver!r}; choose one of {', '.join(config.SOLVERS)}")
+    if solver == "dopri5" and steps:
+        raise UserError(f"dopri5 chooses its own steps: leave out {flag}, or set its tolerances with --rtol and --atol")
+    if solver != "dopri5" and not steps:
+        raise UserError(f"the solver {solver} needs a number of steps: add {flag}, for example {flag} 40")
+
+
 def solve(velocity, noise, schedule, solver="dopri5", rtol=1e-5, atol=1e-5, steps=None, norm="batch"):
     """Algorithm 2: integrates all bands from t = 0 to 1. Returns the bands at t = 1 and the number of velocity calls.
 
@@ -72,38 +82,32 @@ def solve(velocity, noise, schedule, solver="dopri5", rtol=1e-5, atol=1e-5, step
     The solver never crosses a start time, where the field jumps. State and time are float32 or better whatever the
     network computes in. Raises UserError for arguments that do not fit and for velocities that are not finite.
     """
-    if solver not in FIXED and solver != "dopri5":
-        raise UserError(f"unknown solver {solver!r}; choose one of {', '.join(config.SOLVERS)}")
-    if solver == "dopri5" and steps:
-        raise UserError("dopri5 chooses its own steps: leave out --steps, or set its tolerances with --rtol and --atol")
-    if solver != "dopri5" and not steps:
-        raise UserError(f"the solver {solver} needs a number of steps: add --steps, for example --steps 40")
-
-    if solver == "dopri5":
-        options = {"dtype": torch.float32 if noise[0].device.type == "mps" else torch.float64}      # of the time
-        if norm == "sample":
-            options["norm"] = lambda state: state.square().mean(dim=1).sqrt().max()
-    bands, nfe = [], 0
+    check_solver(solver, steps)
+    device, bands, nfe = noise[0].device, [], 0
+    time_dtype = torch.float32 if device.type == "mps" else torch.float64
     for j, (start, end) in enumerate(schedule.segments):
         sigma = schedule.coefficients(j, start)[1].to(noise[j])
         bands.append(sigma * noise[j].to(torch.promote_types(noise[j].dtype, torch.float32)))
         shapes = [band.shape[1:] for band in bands]
 
-        def field(t, state, j=j, shapes=shapes):
+        def field(t, state, j=j, end=end, shapes=shapes):
             nonlocal nfe
             nfe += 1
+            t = t.clamp(max=end)                            # the probe for a first step may look too far
             v = pack(velocity(unpack(state, shapes), t)).to(state)
             if not v.isfinite().all():
                 raise UserError(f"the velocity is not finite at t = {t.item():.4f}, in segment {j} of "
                                 f"{len(noise)}: these weights have diverged; sample an earlier checkpoint")
             return v
 
-        times = torch.tensor([start, end], dtype=torch.float32, device=noise[0].device)
-        if solver != "dopri5":
-            count = share_steps(steps, schedule.segments)[j]
-            grid = torch.linspace(start, end, count + 1, device=noise[0].device)
-            grid[0], grid[-1] = times
-            options = {"grid_constructor": lambda func, y0, t, grid=grid: grid}
+        if solver == "dopri5":
+            times = torch.tensor([start, end], dtype=time_dtype, device=device)
+            options = {"dtype": time_dtype, "step_t": times[1:]}        # a step ends there: torchdiffeq would overshoot
+            if norm == "sample":
+                options["norm"] = lambda state: state.square().mean(dim=1).sqrt().max()
+        else:
+            grid = torch.linspace(start, end, share_steps(steps, schedule.segments)[j] + 1, device=device)
+            times, options = grid[[0, -1]], {"grid_constructor": lambda func, y0, t, grid=grid: grid}
         method = FIXED.get(solver, solver)
         state = odeint(field, pack(bands), times, rtol=rtol, atol=atol, method=method, options=options)[-1]
         bands = unpack(state, shapes)

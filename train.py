@@ -22,6 +22,7 @@ if __name__ == "__main__":                                  # before torch is lo
     PARSER = config.parser(__doc__, "python train.py [--dataset NAME] [--setting VALUE ...] [--fresh]")
     config.add_config_flags(PARSER)
     PARSER.add_argument("--fresh", action="store_true", help="delete the run's checkpoints and start over")
+    PARSER.add_argument("--record", metavar="FILE", help="append the scores and how they were made to a .jsonl file")
     PARSER.add_argument("--device", help="cpu, cuda, cuda:1, mps [the best there is]")
     ARGUMENTS = vars(PARSER.parse_args())
 
@@ -140,25 +141,26 @@ def draw_loss(out: Path) -> None:
     plt.close(figure)
 
 
-def finish(run: sample.Run, dataset, num: int = 500) -> None:
+def finish(run: sample.Run, dataset, num: int = 500) -> dict:
     """Samples, pictures and scores of a trained run."""
     labels = sample.choose_labels("balanced", num, run.classes)
     images, report = sample.generate(run, num, labels, **sample.solver_settings(run.cfg))
     sample.draw_grid(run.folder / "samples.png", images, labels, run.classes)
     shown = sample.choose_labels("balanced", max(3, len(run.classes)), run.classes)
     sample.draw_trajectory(run.folder / "trajectory.png", run, None if shown is None else shown[-3:])
-    real, real_labels = dataset.reference(2000)
-    scores = fid.score(real, real_labels, images, labels)
-    (run.folder / "scores.json").write_text(json.dumps({**report, **scores}, indent=2))
+    scores = fid.evaluate(dataset, images, labels)
+    scores = {**report, **scores}
+    (run.folder / "scores.json").write_text(json.dumps(scores, indent=2))
     print(sample.describe(report))
-    print(f"reference  {len(real)} images of the training set")
     print(fid.table(scores))
+    return scores
 
 
-def main(cfg: Config, fresh: bool = False, device: str | None = None) -> None:
+def main(cfg: Config, fresh: bool = False, device: str | None = None, record: str | None = None) -> None:
     """Trains a run to cfg.steps, from its newest checkpoint if there is one, then samples and scores it."""
-    device = sample.best_device(device)
+    began, device = time.perf_counter(), sample.best_device(device)
     torch.manual_seed(cfg.seed)
+    sample.check_solver(cfg.solver, cfg.solver_steps, "--solver-steps")
     schedule = Schedule(cfg.starts, cfg.path)
     dataset = data.load(cfg)
     model = sample.build_model(cfg, dataset.channels, len(dataset.classes)).to(device)
@@ -231,14 +233,18 @@ def main(cfg: Config, fresh: bool = False, device: str | None = None) -> None:
 
     draw_loss(out)
     weights, name = (ema, "ema") if ema is not None else (model, "raw")
-    finish(sample.Run(cfg, weights.eval(), dataset.classes, out, step, name), dataset)
+    run = sample.Run(cfg, weights.eval(), dataset.classes, out, step, name)
+    scores = {**finish(run, dataset), "seconds_total": time.perf_counter() - began}
+    if record:
+        fid.record(Path(record), run, scores)
+    print(f"time       {scores['seconds_total']:.0f} s in all")
     print(f"wrote      {', '.join(sorted(path.name for path in out.iterdir() if path.is_file()))} in {out}")
     print(f"next       python sample.py --run {out}    python fid.py --run {out}")
 
 
 if __name__ == "__main__":
     try:
-        extra = {name: ARGUMENTS.pop(name) for name in ("fresh", "device")}
+        extra = {name: ARGUMENTS.pop(name) for name in ("fresh", "device", "record")}
         main(config.resolve(ARGUMENTS), **extra)
     except UserError as problem:
         sys.exit(f"error: {problem}")

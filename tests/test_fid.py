@@ -123,7 +123,18 @@ def test_scores_tell_real_digits_from_wrong_ones():
     noise = fid.score(images[half], labels[half], rng.integers(0, 256, images[~half].shape).astype(np.uint8))
     assert noise["frechet_pixel"] > 2 and noise["precision"] < 0.05 and "label_agreement" not in noise
     text = fid.table(good)
-    assert "898 generated against 899 real images" in text and "label_agreement" in text
+    assert "898 generated images against 899" in text and "label_agreement" in text
+
+
+def test_real_images_are_scored_beside_the_generated_ones():
+    dataset = digits()
+    images, labels = dataset.reference(500, seed=4)
+    scores = fid.evaluate(dataset, images, labels)
+    assert scores["n"] == scores["real"]["n"] == 500 and scores["real"]["n_reference"] == 1297
+    assert scores["novelty"] == 0 and scores["real"]["novelty"] == pytest.approx(1, abs=0.1)
+    assert scores["real"]["label_agreement"] > 0.97
+    sevens = labels == 7
+    assert fid.evaluate(dataset, images[sevens], labels[sevens])["n_reference"] == (dataset.labels == 7).sum()
 
 
 def test_scores_do_not_depend_on_the_order():

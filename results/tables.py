@@ -1,0 +1,62 @@
+"""Rewrites the tables of README.md between the markers <!-- NAME --> and <!-- /NAME --> from results/NAME.jsonl.
+
+    python results/tables.py            rewrites README.md
+    python results/tables.py --check    fails when README.md does not show what the results say
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def lines(name: str) -> list[dict]:
+    return [json.loads(line) for line in (ROOT / "results" / f"{name}.jsonl").read_text().splitlines()]
+
+
+def mean(values: list[float]) -> str:
+    """Mean and, with several seeds, the sample standard deviation."""
+    m = sum(values) / len(values)
+    if len(values) == 1:
+        return f"{m:.3f}"
+    return f"{m:.3f} ± {(sum((v - m) ** 2 for v in values) / (len(values) - 1)) ** 0.5:.3f}"
+
+
+def digits() -> str:
+    """The default run: one row for each score over the training seeds, with what real images get beside it."""
+    rows = lines("digits")
+    names = {"label_agreement": "a classifier agrees with the label asked for",
+             "frechet_pixel": "Frechet distance, pixels in [0, 1]",
+             "class_variance": "variance inside a class, over the real one",
+             "novelty": "distance to the nearest training image, over the real one",
+             "precision": "precision (k = 3)", "recall": "recall (k = 3)"}
+    out = ["| 500 images, classes balanced | LapFlow | real images |", "|---|---|---|"]
+    for name, text in names.items():
+        out.append(f"| {text} | {mean([r[name] for r in rows])} | {rows[0]['real'][name]:.3f} |")
+    out.append(f"| NFE ({rows[0]['solver']}) | {mean([r['nfe'] for r in rows])} | |")
+    out.append(f"| `python train.py` from start to end, seconds | {mean([r['seconds_total'] for r in rows])} | |")
+    out += ["", f"{len(rows)} training seeds, mean ± standard deviation; {rows[0]['hardware']}; {rows[0]['versions']}; "
+                f"commit {rows[0]['commit']}; `{rows[0]['command']}`."]
+    return "\n".join(out)
+
+
+TABLES = {"digits": digits}
+
+
+def render(text: str) -> str:
+    for name, make in TABLES.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        if not re.search(pattern, text, flags=re.S):
+            raise SystemExit(f"error: README.md has no markers for the table {name}")
+        text = re.sub(pattern, lambda m, make=make: f"{m[1]}{make()}\n{m[2]}", text, flags=re.S)
+    return text
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    new = render(readme.read_text())
+    if "--check" in sys.argv[1:]:
+        sys.exit(0 if new == readme.read_text() else "error: README.md is out of date: run python results/tables.py")
+    readme.write_text(new)
