@@ -165,7 +165,8 @@ def main(cfg: Config, fresh: bool = False, device: str | None = None, record: st
     dataset = data.load(cfg)
     model = sample.build_model(cfg, dataset.channels, len(dataset.classes)).to(device)
     ema = copy.deepcopy(model).requires_grad_(False) if cfg.ema else None
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2),
+                                  weight_decay=cfg.weight_decay, fused=True)
 
     # continue where the newest checkpoint ends: the same command again, no flag
     out = prepare_folder(cfg, fresh)

@@ -17,7 +17,7 @@ import sample
 import train
 from config import Config, UserError
 
-TINY = dict(size="32,2,2,2", batch=16, solver="midpoint", solver_steps=4, stages="stratified", log_every=5)
+TINY = dict(size="32,2,2,2", batch=16, solver="midpoint", solver_steps=4, warmup=0, lr=1e-3, log_every=5)
 
 
 def tiny(tmp_path, name="run", **settings) -> Config:
