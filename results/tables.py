@@ -6,6 +6,7 @@
 
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -16,12 +17,10 @@ def lines(name: str) -> list[dict]:
     return [json.loads(line) for line in (ROOT / "results" / f"{name}.jsonl").read_text().splitlines()]
 
 
-def mean(values: list[float]) -> str:
+def mean(values: list[float], places: int = 3) -> str:
     """Mean and, with several seeds, the sample standard deviation."""
-    m = sum(values) / len(values)
-    if len(values) == 1:
-        return f"{m:.3f}"
-    return f"{m:.3f} ± {(sum((v - m) ** 2 for v in values) / (len(values) - 1)) ** 0.5:.3f}"
+    text = f"{statistics.mean(values):.{places}f}"
+    return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.{places}f}"
 
 
 def digits() -> str:
@@ -35,8 +34,8 @@ def digits() -> str:
     out = ["| 500 images, classes balanced | LapFlow | real images |", "|---|---|---|"]
     for name, text in names.items():
         out.append(f"| {text} | {mean([r[name] for r in rows])} | {rows[0]['real'][name]:.3f} |")
-    out.append(f"| NFE ({rows[0]['solver']}) | {mean([r['nfe'] for r in rows])} | |")
-    out.append(f"| `python train.py` from start to end, seconds | {mean([r['seconds_total'] for r in rows])} | |")
+    out.append(f"| NFE ({rows[0]['solver']}) | {mean([r['nfe'] for r in rows], 0)} | |")
+    out.append(f"| `python train.py` from start to end, seconds | {mean([r['seconds_total'] for r in rows], 0)} | |")
     out += ["", f"{len(rows)} training seeds, mean ± standard deviation; {rows[0]['hardware']}; {rows[0]['versions']}; "
                 f"commit {rows[0]['commit']}; `{rows[0]['command']}`."]
     return "\n".join(out)
