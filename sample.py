@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 import checkpoint
 import data
+import pictures
 from config import Config, UserError
 from model import MoTDiT
 from pyramid import reconstruct
@@ -217,6 +218,8 @@ def solver_settings(cfg: Config, args=None) -> dict:
         settings.update(rtol=given.get("rtol", cfg.rtol), atol=given.get("atol", cfg.atol), steps=given.get("steps"))
     else:
         settings["steps"] = given.get("steps", cfg.solver_steps)
+        if "rtol" in given or "atol" in given:
+            raise UserError(f"the solver {solver} has no tolerance: leave out --rtol and --atol, or use dopri5")
     return settings
 
 
@@ -236,6 +239,8 @@ def choose_labels(text: str, num: int, classes: list[str]) -> np.ndarray | None:
 
 def generate(run: Run, num: int, labels: np.ndarray | None, seed=0, batch=250, cfg_scale=1.0, progress=True, **solver):
     """Images 0..num-1 of a seed: uint8 (num, H, W, C), and a report of what they cost."""
+    if labels is None and cfg_scale != 1:
+        raise UserError("guidance needs labels, but this run was trained without classes: leave out --cfg")
     model, schedule = Guided(run.model, cfg_scale), Schedule(run.cfg.starts, run.cfg.path)
     images, began = [], time.perf_counter()
     with tqdm(total=num, desc="sampling", unit="img", disable=not progress, leave=False) as bar:
@@ -269,55 +274,6 @@ def describe(report: dict) -> str:
             f"time       {report['seconds_per_image']:.4f} s per image on {report['device']}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# pictures
-
-
-def draw_images(path: Path, rows: list, labels: list, columns: list | None = None, names: list | None = None) -> None:
-    """A table of small images, enlarged. rows: lists of uint8 (H, W, C) or of text for an empty cell; labels above
-    each cell (or None), titles of the columns and names of the rows. All images become the size of the largest."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    side = max(cell.shape[0] for row in rows for cell in row if not isinstance(cell, str))
-    pitch, width = side * 1.15, max(len(row) for row in rows)
-    gap = pitch * (1.3 if any(labels) else 1.0)
-    figure = plt.figure(figsize=(0.95 * width + 0.6, 0.95 * len(rows) * gap / pitch + 0.4))
-    axis = figure.add_axes((0, 0, 1, 1))
-    for r, row in enumerate(rows):
-        top = r * gap
-        for c, cell in enumerate(row):
-            box = (c * pitch, c * pitch + side, top + side, top)
-            middle = c * pitch + side / 2
-            if isinstance(cell, str):
-                axis.text(middle, top + side / 2, cell, ha="center", va="center", fontsize=7, color="gray")
-            else:
-                axis.imshow(cell.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest", extent=box)
-            if labels and labels[r]:
-                axis.text(middle, top - 0.04 * side, labels[r][c], ha="center", va="bottom", fontsize=9)
-        if names:
-            axis.text(-0.08 * side, top + side / 2, names[r], ha="right", va="center", fontsize=9)
-    for c, title in enumerate(columns or []):
-        axis.text(c * pitch + side / 2, -0.1 * side, title, ha="center", va="bottom", fontsize=9)
-    left = 0.9 * side if names else 0.1 * side
-    axis.set(xlim=(-left, width * pitch), ylim=((len(rows) - 1) * gap + 1.1 * side, -0.4 * side))
-    axis.set_aspect("equal")
-    axis.set_axis_off()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def draw_grid(path: Path, images: np.ndarray, labels: np.ndarray | None, classes: list[str], columns: int = 10) -> None:
-    """The first images (at most 100), enlarged, with their labels above them."""
-    images = images[:100]
-    rows = [list(images[i : i + columns]) for i in range(0, len(images), columns)]
-    text = [None if labels is None else [classes[y] for y in labels[i : i + columns]]
-            for i in range(0, len(images), columns)]
-    draw_images(path, rows, text)
-
-
 def draw_trajectory(path: Path, run: Run, labels: np.ndarray | None, seed: int = 0, count: int = 3) -> None:
     """Each band and their sum at several times, from noise to image, for a few images (Euler, 80 steps)."""
     schedule, states = Schedule(run.cfg.starts, run.cfg.path), []
@@ -346,7 +302,7 @@ def draw_trajectory(path: Path, run: Run, labels: np.ndarray | None, seed: int =
             names.append(f"band {i}")
         rows.append([pixels(reconstruct(bands)[image]) for _, bands in shown])
         names.append("sum")
-    draw_images(path, rows, [], [f"t = {t:.2f}" for t, _ in shown], names)
+    pictures.draw_images(path, rows, [], [f"t = {t:.2f}" for t, _ in shown], names)
 
 
 def main(args) -> None:
@@ -359,7 +315,7 @@ def main(args) -> None:
     out.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(out / "samples.npz", images=images, labels=np.full(args.num, -1) if labels is None else labels)
     (out / "report.json").write_text(json.dumps(report, indent=2))
-    draw_grid(out / "grid.png", images, labels, run.classes)
+    pictures.draw_grid(out / "grid.png", images, labels, run.classes)
     print(describe(report))
     print(f"wrote      {out}/grid.png, samples.npz, report.json")
 

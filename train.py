@@ -32,6 +32,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 import fid
+import pictures
 import sample
 from config import Config, UserError
 from schedule import Schedule, loss
@@ -120,39 +121,21 @@ class Metrics:
         return line
 
 
-def draw_loss(out: Path) -> None:
-    """loss.png: the loss of every band, from metrics.jsonl."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    if not lines:
-        return
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    for i in range(len(lines[0]["loss_bands"])):
-        points = [(line["step"], line["loss_bands"][i]) for line in lines if line["loss_bands"][i] is not None]
-        axis.plot(*zip(*points, strict=True), label=f"band {i}" + (" (coarsest)" if i == 0 else ""))
-    axis.set(xlabel="step", ylabel="mean squared error of the velocity", yscale="log")
-    axis.grid(alpha=0.3, which="both")
-    axis.legend()
-    figure.savefig(out / "loss.png", dpi=100)
-    plt.close(figure)
-
-
 def finish(run: sample.Run, dataset, num: int = 500) -> dict:
     """Samples, pictures and scores of a trained run."""
     labels = sample.choose_labels("balanced", num, run.classes)
     images, report = sample.generate(run, num, labels, **sample.solver_settings(run.cfg))
-    sample.draw_grid(run.folder / "samples.png", images, labels, run.classes)
+    pictures.draw_grid(run.folder / "samples.png", images, labels, run.classes)
     shown = sample.choose_labels("balanced", max(3, len(run.classes)), run.classes)
     sample.draw_trajectory(run.folder / "trajectory.png", run, None if shown is None else shown[-3:])
-    scores = fid.evaluate(dataset, images, labels)
-    scores = {**report, **scores}
-    (run.folder / "scores.json").write_text(json.dumps(scores, indent=2))
     print(sample.describe(report))
-    print(fid.table(scores))
+    try:
+        scores = {**report, **fid.evaluate(dataset, images, labels)}
+        print(fid.table(scores))
+    except UserError as problem:                            # a handful of images trains, but cannot be scored
+        scores = report
+        print(f"no scores  {problem}")
+    (run.folder / "scores.json").write_text(json.dumps(scores, indent=2))
     return scores
 
 
@@ -232,7 +215,7 @@ def main(cfg: Config, fresh: bool = False, device: str | None = None, record: st
         print(f"stopped at step {step}, saved; the same command continues")
         return
 
-    draw_loss(out)
+    pictures.draw_loss(out)
     weights, name = (ema, "ema") if ema is not None else (model, "raw")
     run = sample.Run(cfg, weights.eval(), dataset.classes, out, step, name)
     scores = {**finish(run, dataset), "seconds_total": time.perf_counter() - began}

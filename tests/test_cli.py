@@ -73,6 +73,7 @@ def test_train_sample_score(run_script, tmp_path):
     for command, words in (("sample.py --labels 10", "no label '10'"), ("sample.py --num 0", "--num"),
                            ("sample.py --solver dopri5 --steps 9", "leave out --steps"),
                            ("sample.py --solver heun --steps 0", "add --steps"),
+                           ("sample.py --solver heun --steps 9 --rtol 1e-3", "no tolerance"),
                            ("fid.py --num 3", "at least 5"),
                            ("fid.py --samples out/digits/config.json", "is no samples.npz")):
         process = run_script(*shlex.split(command), check=False)
@@ -97,7 +98,7 @@ def commands_of_the_readme() -> list[str]:
 
 def test_every_command_of_the_readme_runs(run_script, tmp_path):
     """In their order, in one directory; training is shortened, and the folder they speak of is made here."""
-    for i in range(4):
+    for i in range(4):                                                          # too few to score: that is said
         (tmp_path / "photos" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
         noise = np.random.default_rng(i).integers(0, 256, (80, 70, 3)).astype(np.uint8)
         Image.fromarray(noise).save(tmp_path / "photos" / "ab"[i % 2] / f"{i}.png")

@@ -252,6 +252,14 @@ def test_generate_reports_what_it_did(tmp_path):
     assert (images.astype(int) - again).max() <= 1                              # rounding to 8 bits may differ by one
 
 
+def test_guidance_without_labels_is_an_error(tmp_path):
+    run = run_of(random_model(num_classes=0), tmp_path, classes=())
+    with pytest.raises(UserError, match="guidance needs labels"):
+        generate(run, 2, None, cfg_scale=2.0, solver="euler", steps=3)
+    images, _ = generate(run, 2, None, progress=False, solver="euler", steps=3)
+    assert images.shape == (2, 16, 16, 2)
+
+
 def test_labels():
     classes = ["cat", "dog", "owl"]
     assert choose_labels("balanced", 7, classes).tolist() == [0, 1, 2, 0, 1, 2, 0]
