@@ -9,6 +9,11 @@ import dataclasses
 import json
 from dataclasses import dataclass
 
+NOISES = ("pyramid", "independent")
+STAGES = ("stratified", "batch")
+PRECISIONS = ("float32", "bfloat16")
+SOLVERS = ("dopri5", "euler", "midpoint", "heun", "rk4")
+
 
 class UserError(ValueError):
     """Something the user can put right. Scripts print it as one sentence, without a traceback."""
@@ -86,10 +91,12 @@ class Config:
         for name in ("rtol", "atol"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} must be above 0, not {getattr(self, name)}")
-        for name, choices in (("noise", ("pyramid", "independent")), ("stages", ("batch", "stratified")),
-                              ("precision", ("float32", "bfloat16"))):
+        for name, choices in (("noise", NOISES), ("stages", STAGES), ("precision", PRECISIONS)):
             if getattr(self, name) not in choices:
                 raise UserError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(choices)}")
+        if self.stages == "stratified" and self.batch < self.num_scales:
+            raise UserError(f"stratified stages need a batch of at least {self.num_scales} images, one for each stage, "
+                            f"not {self.batch}")
         if not self.starts:
             object.__setattr__(self, "starts", tuple(i / self.num_scales for i in range(self.num_scales)))
         if len(self.starts) != self.num_scales:
@@ -121,8 +128,6 @@ def _kind_name(kind) -> str:
     return {str: "text", int: "a whole number", float: "a number", bool: "true or false"}.get(kind, "a list of numbers")
 
 
-SOLVERS = ("dopri5", "euler", "midpoint", "heun", "rk4")
-
 # The defaults above are those of the digits; a preset names what differs.
 PRESETS = {
     "digits": dict(),                                       # two minutes on two CPU cores; the choices are in LOG.md
@@ -139,6 +144,11 @@ def parser(description: str, usage: str) -> argparse.ArgumentParser:
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
+def numbers(text: str) -> tuple[float, ...]:
+    """"0,0.5" -> (0.0, 0.5)."""
+    return tuple(float(n) for n in text.split(","))
+
+
 def add_config_flags(to: argparse.ArgumentParser) -> None:
     """One flag for each setting: --num-scales for num_scales. A flag that was not given leaves no trace."""
     for field in dataclasses.fields(Config):
@@ -148,7 +158,7 @@ def add_config_flags(to: argparse.ArgumentParser) -> None:
         if kind is bool:
             to.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         else:
-            read = (lambda s: tuple(float(n) for n in s.split(","))) if kind is tuple else kind
+            read = numbers if kind is tuple else kind
             metavar = "T,T.." if kind is tuple else {str: "TEXT", int: "N", float: "X"}[kind]
             to.add_argument(flag, type=read, default=argparse.SUPPRESS, metavar=metavar, help=text)
 

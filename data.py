@@ -8,6 +8,7 @@ Two rules make runs repeatable:
 * Sampling: image i has its own generator seeded by (seed, i), so it does not depend on the batch it is drawn in.
 """
 
+import hashlib
 import random
 import re
 from dataclasses import dataclass, field
@@ -91,6 +92,7 @@ class Images:
     labels: np.ndarray
     classes: list[str] = field(default_factory=list)
     flip: bool = True
+    fingerprint: str = ""                                   # of the files they came from
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -119,7 +121,9 @@ class Photos:
     photos: list[np.ndarray]                                # uint8 (C, H, W) each
     resolution: int
     classes: list[str]
+    flip: bool = True
     channels: int = 3
+    fingerprint: str = ""
 
     def __len__(self) -> int:
         return 4096
@@ -131,7 +135,7 @@ class Photos:
             photo = self.photos[label]
             top, left = int(row * (photo.shape[1] - r + 1)), int(column * (photo.shape[2] - r + 1))
             crop = photo[:, top : top + r, left : left + r]
-            crops.append(crop[:, :, ::-1] if flip < 0.5 else crop)
+            crops.append(crop[:, :, ::-1] if self.flip and flip < 0.5 else crop)
         return torch.from_numpy(np.stack(crops)).float() / 127.5 - 1, torch.from_numpy(labels)
 
     def reference(self, count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -148,7 +152,7 @@ def digits() -> Images:
     return Images(pixels, bunch.target.astype(np.int64), [str(d) for d in range(10)], flip=False)
 
 
-def photos(resolution: int) -> Photos:
+def photos(resolution: int, flip: bool) -> Photos:
     """Crops of scikit-learn's two photographs (427 x 640), shrunk so that a crop spans at least a third of them."""
     from PIL import Image
     from sklearn.datasets import load_sample_images
@@ -161,12 +165,13 @@ def photos(resolution: int) -> Photos:
     for image in bunch.images:
         size = (round(image.shape[1] * shrink), round(image.shape[0] * shrink))
         arrays.append(np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX)).transpose(2, 0, 1))
-    return Photos(arrays, resolution, [Path(name).stem for name in bunch.filenames])
+    return Photos(arrays, resolution, [Path(name).stem for name in bunch.filenames], flip)
 
 
 def natural(name: str) -> list:
     """Sort key in which "9" comes before "10"."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"([0-9]+)", str(name)) if part]
+    return [(0, int(part), "") if part.isascii() and part.isdecimal() else (1, 0, part)
+            for part in re.split(r"([0-9]+)", str(name)) if part] + [(2, 0, str(name))]
 
 
 def list_images(folder: Path) -> tuple[list[Path], list[int], list[str]]:
@@ -204,7 +209,13 @@ def read_image(file: Path, resolution: int) -> np.ndarray:
 
     try:
         with Image.open(file) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGB")
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith("I"):                  # 16-bit grey: PIL would clip it to white
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+            if image.has_transparency_data:                 # transparent pixels become white
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as problem:
         raise UserError(f"cannot read the image {str(file)!r}: {problem}; repair or remove it") from None
     while min(image.size) >= 2 * resolution:
@@ -224,17 +235,26 @@ def folder(directory: str, resolution: int, flip: bool) -> Images:
     pixels = np.empty((len(files), 3, resolution, resolution), np.uint8)
     for i, file in enumerate(tqdm(files, desc="reading images", unit="file", leave=False)):
         pixels[i] = read_image(file, resolution)
-    return Images(pixels, np.array(labels, np.int64), classes, flip)
+    names = "\n".join(str(file.relative_to(directory)) for file in files)
+    return Images(pixels, np.array(labels, np.int64), classes, flip, hashlib.sha256(names.encode()).hexdigest())
+
+
+def facts(dataset) -> dict:
+    """What a checkpoint remembers of its data: a run continues only on the same."""
+    return {"channels": dataset.channels, "classes": dataset.classes, "count": len(dataset),
+            "fingerprint": dataset.fingerprint}
 
 
 def load(cfg) -> Images | Photos:
     """The data set of a configuration. Raises UserError when it is unknown, missing or does not fit."""
+    if cfg.data and cfg.dataset != "folder":
+        raise UserError(f"--data {cfg.data} is of no use to the dataset {cfg.dataset}: add --dataset folder")
     if cfg.dataset == "digits":
         if cfg.res != 8:
             raise UserError(f"the digits are 8 x 8 images: leave --res at 8, not {cfg.res}")
         return digits()
     if cfg.dataset == "photos":
-        return photos(cfg.res)
+        return photos(cfg.res, cfg.flip)
     if cfg.dataset == "folder":
         if not cfg.data:
             raise UserError("--dataset folder needs the image folder: add --data DIR")

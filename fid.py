@@ -143,7 +143,8 @@ def class_scores(real, real_labels, fake, fake_labels) -> dict:
     from sklearn.svm import SVC
 
     wanted = [c for c in np.unique(fake_labels) if (fake_labels == c).sum() > 1 and (real_labels == c).sum() > 1]
-    ratios = [fake[fake_labels == c].var(axis=0).sum() / real[real_labels == c].var(axis=0).sum() for c in wanted]
+    variances = [(fake[fake_labels == c].var(axis=0).sum(), real[real_labels == c].var(axis=0).sum()) for c in wanted]
+    ratios = [a / b for a, b in variances if b > 0]
     scores = {"class_variance": float(np.mean(ratios))} if ratios else {}
     if len(np.unique(real_labels)) > 1:
         classifier = SVC(C=10).fit(real, real_labels)
@@ -164,8 +165,9 @@ def score(real, real_labels, fake, fake_labels=None) -> dict:
         raise UserError(f"scores need at least 5 images on both sides, not {len(a)} real and {len(b)} generated ones")
     scores = {"n": len(b), "n_reference": len(a),
               "frechet_pixel": frechet_distance(*statistics(a), *statistics(b)),
-              "precision": precision(real=a, fake=b), "recall": recall(real=a, fake=b),
-              "novelty": nearest(b, a) / nearest(a, a, same=True)}
+              "precision": precision(real=a, fake=b), "recall": recall(real=a, fake=b)}
+    if usual := nearest(a, a, same=True):                   # 0 when most real images have an exact double
+        scores["novelty"] = nearest(b, a) / usual
     for side, distance in sliced_wasserstein(real, fake).items():
         scores[f"swd_{side}"] = distance
     if fake_labels is not None:
@@ -177,7 +179,7 @@ MEANING = {
     "frechet_pixel": "Frechet distance of pixels in [0, 1], 8 x 8; lower is better",
     "precision": "share of generated images among the real ones (k = 3)",
     "recall": "share of real images among the generated ones (k = 3)",
-    "novelty": "distance to the nearest training image, over that between training images; near 0 means copies",
+    "novelty": "distance to the nearest real image, over that between real images; near 0 means copies",
     "class_variance": "variance inside a class, over the real one; 1 is right",
     "label_agreement": "share that a classifier of real images puts in the class asked for",
 }
@@ -213,11 +215,21 @@ def read_samples(file: str, shape: tuple) -> tuple[np.ndarray, np.ndarray]:
     try:
         with np.load(file, allow_pickle=False) as arrays:
             images, labels = arrays["images"], arrays["labels"]
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as problem:
+    except (OSError, KeyError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as problem:
         raise UserError(f"{file} is no samples.npz of sample.py: {problem}") from None
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != shape or len(labels) != len(images):
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != shape or labels.shape != (len(images),):
         raise UserError(f"{file} holds images of shape {images.shape} {images.dtype}; this run makes {shape} uint8")
     return images, labels
+
+
+def check_record(file: str | None) -> None:
+    """Raises UserError, before the work, when a result could not be appended to the file."""
+    try:
+        if file:
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
+            open(file, "a").close()
+    except OSError as problem:
+        raise UserError(f"results cannot be appended to {file}: {problem}") from None
 
 
 def record(file: Path, run: sample.Run, scores: dict) -> None:
@@ -229,7 +241,6 @@ def record(file: Path, run: sample.Run, scores: dict) -> None:
             "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
             "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
             "config": run.cfg.to_dict(), **scores}
-    file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "a") as stream:
         stream.write(json.dumps(line) + "\n")
 
@@ -242,14 +253,19 @@ def cpu_name() -> str:
 
 
 def main(args) -> None:
-    if args.num < 5 or args.batch < 1 or args.seed < 0:
-        raise UserError("--num must be at least 5, --batch at least 1, and --seed at least 0")
+    if args.num < 5 or args.batch < 1 or not 0 <= args.seed < 2**63:
+        raise UserError("--num must be at least 5, --batch at least 1, and --seed at least 0 and below 2^63")
+    check_record(args.record)
     run = sample.load_run(args.run, args.raw, args.device)
-    dataset = data.load(run.cfg)
+    dataset, scored = data.load(run.cfg), run.folder
+    if dataset.classes != run.classes:
+        raise UserError(f"the data of {run.folder} has changed: it was trained on the classes {run.classes}")
     if args.samples:
         images, labels = read_samples(args.samples, (*run.shape[1:], run.shape[0]))
-        labels, report = (labels if run.classes else None), {"samples": args.samples}
-        print(f"samples    {args.samples}")
+        labels, scored = (labels if run.classes else None), Path(args.samples).parent
+        beside = scored / "report.json"                     # how sample.py made them
+        report = {**(json.loads(beside.read_text()) if beside.exists() else {}), "samples": args.samples}
+        print(f"samples    {args.samples}" + (f"\n{sample.describe(report)}" if "solver" in report else ""))
     else:
         labels = sample.choose_labels(args.labels, args.num, run.classes)
         settings = sample.solver_settings(run.cfg, args)
@@ -257,7 +273,7 @@ def main(args) -> None:
         print(sample.describe(report))
     scores = evaluate(dataset, images, labels)
     print(table(scores))
-    (Path(run.folder) / "scores.json").write_text(json.dumps({**report, **scores}, indent=2))
+    (scored / "scores.json").write_text(json.dumps({**report, **scores}, indent=2))
     if args.record:
         record(Path(args.record), run, {**report, **scores})
 

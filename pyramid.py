@@ -79,7 +79,7 @@ def main() -> None:
             picture = Image.fromarray(load_sample_image("flower.jpg"))
         else:
             picture = Image.open(args.image).convert("RGB")
-    except OSError as problem:
+    except (OSError, ValueError, Image.DecompressionBombError) as problem:
         raise SystemExit(f"error: cannot read the image {args.image}: {problem}") from None
 
     x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1    # (1, 3, H, W) in [-1, 1]
@@ -106,7 +106,10 @@ def main() -> None:
         axes[0, i].set_title(f"band {i}: {band.shape[-1]} x {band.shape[-2]}, std {band.std():.3f}")
         axes[1, i].set_title("= band 0" if i == 0 else f"bands 0..{i} summed")
     figure.suptitle(f"reconstruction error: at most {error:.1e} (pixels in [-1, 1])")
-    figure.savefig(args.out, dpi=110)
+    try:
+        figure.savefig(args.out, dpi=110)
+    except (OSError, ValueError) as problem:
+        raise SystemExit(f"error: cannot write {args.out}: {problem}") from None
     noise = [round(band.std().item(), 3) for band in decompose(torch.randn(1, 3, 512, 512), args.num_scales)]
     print(f"image      {width} x {height} -> bands {[tuple(band.shape[-2:]) for band in bands]}, coarse to fine")
     print(f"exactness  largest reconstruction error {error:.1e}")

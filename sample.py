@@ -10,6 +10,7 @@ steps for a whole batch at once, so there an image also depends, within the tole
 """
 
 import json
+import math
 import sys
 import time
 from collections import Counter
@@ -64,6 +65,8 @@ def check_solver(solver: str, steps: int | None, flag: str = "--steps") -> None:
     """Raises UserError for an unknown solver, for steps of an adaptive one, and for a fixed-step one without."""
     if solver not in FIXED and solver != "dopri5":
         raise UserError(f"unknown solver {solver!r}; choose one of {', '.join(config.SOLVERS)}")
+    if steps is not None and steps < 0:
+        raise UserError(f"a solver cannot take {steps} steps")
     if solver == "dopri5" and steps:
         raise UserError(f"dopri5 chooses its own steps: leave out {flag}, or set its tolerances with --rtol and --atol")
     if solver != "dopri5" and not steps:
@@ -87,13 +90,14 @@ def solve(velocity, noise, schedule, solver="dopri5", rtol=1e-5, atol=1e-5, step
     device, bands, nfe = noise[0].device, [], 0
     time_dtype = torch.float32 if device.type == "mps" else torch.float64
     for j, (start, end) in enumerate(schedule.segments):
-        sigma = schedule.coefficients(j, start)[1].to(noise[j])
-        bands.append(sigma * noise[j].to(torch.promote_types(noise[j].dtype, torch.float32)))
+        x0 = noise[j].to(torch.promote_types(noise[j].dtype, torch.float32))
+        bands.append(schedule.coefficients(j, start)[1].to(x0) * x0)
         shapes = [band.shape[1:] for band in bands]
 
         def field(t, state, j=j, end=end, shapes=shapes):
             nonlocal nfe
             nfe += 1
+            assert t.isfinite(), "its first step is not finite"
             t = t.clamp(max=end)                            # the probe for a first step may look too far
             v = pack(velocity(unpack(state, shapes), t)).to(state)
             if not v.isfinite().all():
@@ -103,14 +107,19 @@ def solve(velocity, noise, schedule, solver="dopri5", rtol=1e-5, atol=1e-5, step
 
         if solver == "dopri5":
             times = torch.tensor([start, end], dtype=time_dtype, device=device)
-            options = {"dtype": time_dtype, "step_t": times[1:]}        # a step ends there: torchdiffeq would overshoot
+            # a step ends at the end of the segment: torchdiffeq would overshoot and interpolate back
+            options = {"dtype": time_dtype, "step_t": times[1:], "max_num_steps": 10_000}
             if norm == "sample":
                 options["norm"] = lambda state: state.square().mean(dim=1).sqrt().max()
         else:
             grid = torch.linspace(start, end, share_steps(steps, schedule.segments)[j] + 1, device=device)
             times, options = grid[[0, -1]], {"grid_constructor": lambda func, y0, t, grid=grid: grid}
         method = FIXED.get(solver, solver)
-        state = odeint(field, pack(bands), times, rtol=rtol, atol=atol, method=method, options=options)[-1]
+        try:
+            state = odeint(field, pack(bands), times, rtol=rtol, atol=atol, method=method, options=options)[-1]
+        except AssertionError as problem:                   # how torchdiffeq says that no step is small enough
+            raise UserError(f"dopri5 cannot meet rtol {rtol:g} and atol {atol:g} in segment {j} ({problem}); "
+                            "choose larger tolerances") from None
         bands = unpack(state, shapes)
     return bands, nfe
 
@@ -157,7 +166,7 @@ def best_device(name: str | None = None) -> torch.device:
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.empty(1, device=name)
+        torch.zeros(1, device=name).item()
         return torch.device(name)
     except (RuntimeError, AssertionError) as problem:
         raise UserError(f"the device {name!r} cannot be used: {str(problem).splitlines()[0]}") from None
@@ -213,6 +222,9 @@ def solver_settings(cfg: Config, args=None) -> dict:
     """Solver, tolerances, steps and guidance: those of the run, unless the command line gives others."""
     given = {} if args is None else {k: v for k, v in vars(args).items() if v is not None}
     solver = given.get("solver", cfg.solver)
+    for name in ("rtol", "atol", "cfg"):
+        if name in given and not (math.isfinite(given[name]) and (name == "cfg" or given[name] > 0)):
+            raise UserError(f"--{name} must be a {'' if name == 'cfg' else 'positive '}number, not {given[name]}")
     settings = {"solver": solver, "norm": given.get("norm", "batch"), "cfg_scale": given.get("cfg", cfg.cfg_scale)}
     if solver == "dopri5":
         settings.update(rtol=given.get("rtol", cfg.rtol), atol=given.get("atol", cfg.atol), steps=given.get("steps"))
@@ -231,9 +243,13 @@ def choose_labels(text: str, num: int, classes: list[str]) -> np.ndarray | None:
         return None
     if text == "balanced":
         return np.arange(num) % len(classes)
-    label = classes.index(text) if text in classes else int(text) if text.isdecimal() else -1
+    if text in classes:
+        return np.full(num, classes.index(text))
+    named = any(name.isdecimal() for name in classes)       # classes named by numbers are asked for by name only
+    label = int(text) if text.isdecimal() and not named else -1
     if not 0 <= label < len(classes):
-        raise UserError(f"there is no label {text!r}: use 0 to {len(classes) - 1}, or a name like {classes[0]!r}")
+        known = f"the names {classes[0]!r} to {classes[-1]!r}" if named else f"0 to {len(classes) - 1}, or a name"
+        raise UserError(f"there is no label {text!r}: use {known}")
     return np.full(num, label)
 
 
@@ -241,6 +257,8 @@ def generate(run: Run, num: int, labels: np.ndarray | None, seed=0, batch=250, c
     """Images 0..num-1 of a seed: uint8 (num, H, W, C), and a report of what they cost."""
     if labels is None and cfg_scale != 1:
         raise UserError("guidance needs labels, but this run was trained without classes: leave out --cfg")
+    if cfg_scale != 1 and run.cfg.label_drop == 0:
+        raise UserError("guidance needs a null label, but this run was trained with --label-drop 0: leave out --cfg")
     model, schedule = Guided(run.model, cfg_scale), Schedule(run.cfg.starts, run.cfg.path)
     images, began = [], time.perf_counter()
     with tqdm(total=num, desc="sampling", unit="img", disable=not progress, leave=False) as bar:
@@ -306,13 +324,16 @@ def draw_trajectory(path: Path, run: Run, labels: np.ndarray | None, seed: int =
 
 
 def main(args) -> None:
-    if args.num < 1 or args.batch < 1 or args.seed < 0:
-        raise UserError("--num and --batch must be at least 1, and --seed at least 0")
+    if args.num < 1 or args.batch < 1 or not 0 <= args.seed < 2**63:
+        raise UserError("--num and --batch must be at least 1, and --seed at least 0 and below 2^63")
     run = load_run(args.run, args.raw, args.device)
+    out = Path(args.out or run.folder / "samples")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise UserError(f"the directory {out} cannot be written: {problem}; choose another with --out") from None
     labels = choose_labels(args.labels, args.num, run.classes)
     images, report = generate(run, args.num, labels, args.seed, args.batch, **solver_settings(run.cfg, args))
-    out = Path(args.out or run.folder / "samples")
-    out.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(out / "samples.npz", images=images, labels=np.full(args.num, -1) if labels is None else labels)
     (out / "report.json").write_text(json.dumps(report, indent=2))
     pictures.draw_grid(out / "grid.png", images, labels, run.classes)

@@ -24,12 +24,10 @@ from dataclasses import dataclass
 
 import torch
 
-from config import UserError
+from config import NOISES, STAGES, UserError
 from pyramid import decompose
 
 PATHS = ("linear", "quadratic", "cubic", "gvp")
-NOISES = ("pyramid", "independent")
-STAGES = ("batch", "stratified")
 
 
 @dataclass(frozen=True)
@@ -86,6 +84,8 @@ def noise_bands(n, shape: tuple[int, int, int], num_scales: int, kind: str = "py
     pyramid: the bands of ONE white image, so the re-summed state is sum_i alpha_i U..U x_1 + sigma(t) white noise.
     independent: unit noise in each band.  # not in paper: it leaves this open; both can be measured
     """
+    if kind not in NOISES:
+        raise UserError(f"unknown noise {kind!r}; choose one of {', '.join(NOISES)}")
     if kind == "pyramid":
         return decompose(n.randn(*shape), num_scales)
     c, h, w = shape
@@ -101,14 +101,17 @@ def loss(model, x1, y, schedule: Schedule, rng, noise="pyramid", stages="batch",
 
     Returns the scalar loss, summed over bands, and for each band a pair (t, squared error), one number per example.
     """
+    if stages not in STAGES:
+        raise UserError(f"unknown stages {stages!r}; choose one of {', '.join(STAGES)}")
     num_scales, batch = schedule.num_scales, len(x1)
     x0 = noise_bands(rng, x1.shape[1:], num_scales, noise)
     x1 = decompose(x1, num_scales)
     u = rng.rand()                                          # (B,)
     if stages == "batch":
         groups = [(rng.randint(num_scales), slice(None))]
-    else:                                                   # row g of the global batch trains stage g mod K
-        groups = [(s, slice((s - rng.first_row) % num_scales, None, num_scales)) for s in range(num_scales)]
+    else:                                                   # row g of the global batch trains stage (g - shift) mod K
+        first = rng.randint(num_scales) - rng.first_row     # the shift shares out the rows that K does not divide
+        groups = [(s, slice((s + first) % num_scales, None, num_scales)) for s in range(num_scales)]
 
     total, errors = 0.0, [[] for _ in range(num_scales)]
     for s, rows in groups:

@@ -91,16 +91,17 @@ class Metrics:
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
         self.file.write_text("".join(line + "\n" for line in kept))
 
-    def add(self, step: int, errors: list, grad_norm: torch.Tensor) -> None:
-        """errors: for each active band (t, squared error), one number per example."""
-        self.pending.append((step, [error.mean() for _, error in errors] + [grad_norm]))
+    def add(self, step: int, errors: list, total: torch.Tensor, grad_norm: torch.Tensor) -> None:
+        """errors: for each active band (t, squared error), one number per example; total: the loss itself."""
+        self.pending.append((step, [error.mean() for _, error in errors] + [total.detach(), grad_norm]))
 
     def write(self, cfg: Config, lr: float) -> dict:
         """One line for the steps since the last. Raises UserError, with step and band, at a loss that is not finite."""
         values = iter(torch.stack([v for _, row in self.pending for v in row]).tolist())    # waits for the device
         rows = [(step, [next(values) for _ in row]) for step, row in self.pending]
-        for step, (*bands, grad_norm) in rows:
-            for what, value in [(f"loss of band {i}", v) for i, v in enumerate(bands)] + [("gradient", grad_norm)]:
+        for step, (*bands, total, grad_norm) in rows:
+            named = [(f"loss of band {i}", v) for i, v in enumerate(bands)] + [("loss", total), ("gradient", grad_norm)]
+            for what, value in named:
                 if not math.isfinite(value):
                     last = next(iter(checkpoint.steps(self.out)), None)
                     kept = f"the last good checkpoint is {last}" if last else "no checkpoint was written yet"
@@ -109,10 +110,10 @@ class Metrics:
         seconds, self.began = time.perf_counter() - self.began, time.perf_counter()
         means = []
         for i in range(cfg.num_scales):                     # a band is absent from steps of a coarser stage
-            column = [row[i] for _, row in rows if i < len(row) - 1]
+            column = [row[i] for _, row in rows if i < len(row) - 2]
             means.append(sum(column) / len(column) if column else None)
         line = {"step": self.pending[-1][0], "images": self.pending[-1][0] * cfg.batch,
-                "loss": sum(m for m in means if m is not None), "loss_bands": means,
+                "loss": sum(row[-2] for _, row in rows) / len(rows), "loss_bands": means,
                 "grad_norm": sum(row[-1] for _, row in rows) / len(rows), "lr": lr,
                 "images_per_second": len(rows) * cfg.batch / seconds}
         with open(self.file, "a") as file:
@@ -145,25 +146,32 @@ def main(cfg: Config, fresh: bool = False, device: str | None = None, record: st
     torch.manual_seed(cfg.seed)
     sample.check_solver(cfg.solver, cfg.solver_steps, "--solver-steps")
     schedule = Schedule(cfg.starts, cfg.path)
+    fid.check_record(record)
+    with torch.device("meta"):
+        sample.build_model(cfg, 1, 0)                       # what does not fit is said before a folder is read
     dataset = data.load(cfg)
     model = sample.build_model(cfg, dataset.channels, len(dataset.classes)).to(device)
     ema = copy.deepcopy(model).requires_grad_(False) if cfg.ema else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2),
-                                  weight_decay=cfg.weight_decay, fused=True)
+                                  weight_decay=cfg.weight_decay, fused=device.type in ("cpu", "cuda"))
 
     # continue where the newest checkpoint ends: the same command again, no flag
     out = prepare_folder(cfg, fresh)
-    facts, step = {"channels": dataset.channels, "classes": dataset.classes}, 0
+    facts, step, renew = data.facts(dataset), 0, False
     if state := checkpoint.load_newest(out):
         check_same(cfg, state["config"], out)
         if state["data"] != facts:
-            raise UserError(f"the run in {out} was trained on other classes; use --out, or start over with --fresh")
+            raise UserError(f"the run in {out} was trained on other images or classes than there are now: "
+                            "choose another directory with --out, or start over with --fresh")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         if ema is not None:
             ema.load_state_dict(state["ema"])
-        step = state["step"]
+        step, before = state["step"], state["config"]["steps"]
         print(f"continuing {out} at step {step} of {cfg.steps} (--fresh starts over)")
+        if cfg.steps != before:
+            print(f"the run was planned for {before} steps: the learning rate now follows the new length")
+        renew = step >= cfg.steps and state["config"] != cfg.to_dict()
     del state
     (out / "config.json").write_text(config.show(cfg) + "\n")
     print(config.show(cfg))
@@ -177,40 +185,42 @@ def main(cfg: Config, fresh: bool = False, device: str | None = None, record: st
 
     stopped = []                                            # SIGINT and SIGTERM: end this step, save, leave
     handlers = {s: signal.signal(s, lambda number, _: stopped.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-    metrics = Metrics(out, step)
+    metrics, resumed = Metrics(out, step), step > 0
     bar = tqdm(total=cfg.steps, initial=step, desc="training", unit="step", mininterval=0.5)
-    while step < cfg.steps and not stopped:
-        # every random number of this step comes from (seed, step)
-        rng = data.BatchRandom(cfg.seed, step, cfg.batch, device=device)
-        x1, y = dataset.batch(data.order(len(dataset), cfg.seed, step * cfg.batch, cfg.batch), rng.rand(3))
-        x1, y = x1.to(device), None if y is None else y.to(device)
-        if y is not None:                                   # one draw per example, shared by all bands
-            y = torch.where(rng.rand() < cfg.label_drop, model.num_classes, y)
+    try:
+        while step < cfg.steps and not stopped:
+            # every random number of this step comes from (seed, step)
+            rng = data.BatchRandom(cfg.seed, step, cfg.batch, device=device)
+            x1, y = dataset.batch(data.order(len(dataset), cfg.seed, step * cfg.batch, cfg.batch), rng.rand(3))
+            x1, y = x1.to(device), None if y is None else y.to(device)
+            if y is not None:                                   # one draw per example, shared by all bands
+                y = torch.where(rng.rand() < cfg.label_drop, model.num_classes, y)
 
-        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bfloat16"):
-            total, errors = loss(model, x1, y, schedule, rng, cfg.noise, cfg.stages, cfg.full_range)
-        optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
-        lr = learning_rate(cfg, step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-        if ema is not None:
-            update_ema(ema, model, cfg.ema, step)
+            with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bfloat16"):
+                total, errors = loss(model, x1, y, schedule, rng, cfg.noise, cfg.stages, cfg.full_range)
+            optimizer.zero_grad(set_to_none=True)
+            total.backward()
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
+            lr = learning_rate(cfg, step)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            if ema is not None:
+                update_ema(ema, model, cfg.ema, step)
 
-        step += 1
-        metrics.add(step, errors, grad_norm)
-        bar.update()
-        ending = step == cfg.steps or bool(stopped)
-        if step % cfg.log_every == 0 or step % cfg.save_every == 0 or ending:
-            line = metrics.write(cfg, lr)                   # raises before a bad state could be saved
-            bar.set_postfix(loss=f"{line['loss']:.4f}", images_per_s=f"{line['images_per_second']:.0f}")
-        if step % cfg.save_every == 0 or ending:
-            save()
-    bar.close()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+            step += 1
+            metrics.add(step, errors, total, grad_norm)
+            bar.update()
+            ending = step == cfg.steps or bool(stopped)
+            if step % cfg.log_every == 0 or step % cfg.save_every == 0 or ending:
+                line = metrics.write(cfg, lr)                   # raises before a bad state could be saved
+                bar.set_postfix(loss=f"{line['loss']:.4f}", images_per_s=f"{line['images_per_second']:.0f}")
+            if step % cfg.save_every == 0 or ending:
+                save()
+    finally:
+        bar.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     if stopped:
         print(f"stopped at step {step}, saved; the same command continues")
         return
@@ -218,10 +228,14 @@ def main(cfg: Config, fresh: bool = False, device: str | None = None, record: st
     pictures.draw_loss(out)
     weights, name = (ema, "ema") if ema is not None else (model, "raw")
     run = sample.Run(cfg, weights.eval(), dataset.classes, out, step, name)
-    scores = {**finish(run, dataset), "seconds_total": time.perf_counter() - began}
+    if renew:                                               # other sampling settings: sample.py reads them there
+        save()
+    scores = finish(run, dataset)
+    if not resumed:
+        scores["seconds_total"] = time.perf_counter() - began
     if record:
         fid.record(Path(record), run, scores)
-    print(f"time       {scores['seconds_total']:.0f} s in all")
+    print(f"time       {time.perf_counter() - began:.0f} s in all" + (", since it was continued" if resumed else ""))
     print(f"wrote      {', '.join(sorted(path.name for path in out.iterdir() if path.is_file()))} in {out}")
     print(f"next       python sample.py --run {out}    python fid.py --run {out}")
 

@@ -32,11 +32,14 @@ def test_help_is_worth_reading_and_does_not_wait_for_torch(run_script, tmp_path,
     ("train.py --num-scales 4", "the nearest that works is 16"),
     ("train.py --starts 0,1.5", "starts must increase from 0 to below 1"),
     ("train.py --starts 0.5,0", "starts must increase"),
-    ("train.py --starts 0,x", "--starts"),
+    ("train.py --starts 0,x", "--starts: invalid numbers value: '0,x'"),
     ("train.py --path sine", "unknown path 'sine'"),
     ("train.py --mask all", "unknown mask 'all'"),
     ("train.py --size M/2", "unknown model size 'M/2'"),
     ("train.py --batch ten", "--batch"),
+    ("train.py --batch 1", "need a batch of at least 2"),
+    ("train.py --data pictures", "add --dataset folder"),
+    ("train.py --device meta", "the device 'meta' cannot be used"),
     ("train.py --device tpu9", "the device 'tpu9' cannot be used"),
     ("train.py --solver-steps 10", "dopri5 chooses its own steps"),
     ("train.py --solver euler", "the solver euler needs a number of steps"),
@@ -74,6 +77,10 @@ def test_train_sample_score(run_script, tmp_path):
                            ("sample.py --solver dopri5 --steps 9", "leave out --steps"),
                            ("sample.py --solver heun --steps 0", "add --steps"),
                            ("sample.py --solver heun --steps 9 --rtol 1e-3", "no tolerance"),
+                           ("sample.py --rtol -1", "--rtol must be a positive number"),
+                           ("sample.py --seed 99999999999999999999", "below 2^63"),
+                           ("sample.py --out out/digits/config.json", "cannot be written"),
+                           ("fid.py --record .", "cannot be appended"),
                            ("fid.py --num 3", "at least 5"),
                            ("fid.py --samples out/digits/config.json", "is no samples.npz")):
         process = run_script(*shlex.split(command), check=False)
@@ -85,6 +92,12 @@ def test_train_sample_score(run_script, tmp_path):
     assert line["n"] == 20 and line["nfe"] == 4 and "--record" in line["command"] and line["real"]["n"] == 20
     out = run_script("fid.py", "--samples", "images/samples.npz").stdout
     assert "12 generated images against 179" in out                             # the sevens only
+
+
+@pytest.mark.parametrize("script, words", [("model.py", "input of band 2 changed:  band 0 0.0e+00  band 1 0.0e+00"),
+                                           ("schedule.py", "picture: schedule.png")])
+def test_demonstrations(run_script, script, words):
+    assert words in run_script(script).stdout
 
 
 def test_the_readme_shows_what_the_results_say(run_script):

@@ -94,8 +94,11 @@ def test_kinds_of_images(tmp_path):
     picture = np.zeros((16, 16, 3), np.uint8)
     picture[:8] = 255
     Image.fromarray(picture).save(tmp_path / "turned.png", exif=upright)
-    for name in ("grey.png", "alpha.png", "palette.png", "cmyk.jpg"):
-        assert data.read_image(tmp_path / name, 16).shape == (3, 16, 16)
+    Image.fromarray(np.full((16, 16), 32768, np.uint16)).save(tmp_path / "deep.png")
+    for name, value in (("grey.png", 100), ("alpha.png", 255), ("palette.png", None), ("cmyk.jpg", 255),
+                        ("deep.png", 127)):
+        pixels = data.read_image(tmp_path / name, 16)
+        assert pixels.shape == (3, 16, 16) and (value is None or abs(int(pixels[0, 8, 8]) - value) <= 1), name
     turned = data.read_image(tmp_path / "turned.png", 16)
     assert turned[0, :, -1].min() == 255 and turned[0, :, 0].max() == 0         # its top is now on the right
 
@@ -122,9 +125,17 @@ def test_bad_folders_and_files_are_named(tmp_path):
         data.load(config(data=str(tmp_path)))
 
 
+def test_class_names_of_any_script_are_sorted(tmp_path):
+    for name in ("5²", "①", "07", "7", "é"):
+        save(tmp_path / name / "x.png")
+    assert data.list_images(tmp_path)[2][:3] == ["5²", "07", "7"]
+
+
 def test_unknown_dataset_and_wrong_resolution():
     with pytest.raises(UserError, match="unknown dataset 'cats'"):
         data.load(Config(dataset="cats"))
+    with pytest.raises(UserError, match="add --dataset folder"):
+        data.load(Config(data="pictures"))
     with pytest.raises(UserError, match="8 x 8"):
         data.load(Config(res=16))
 

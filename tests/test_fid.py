@@ -101,11 +101,19 @@ def test_sliced_wasserstein_finds_the_level_that_differs():
     assert sliced_wasserstein(real[:, :8, :8], real[:, :8, :8]) == {}
 
 
-def test_sliced_wasserstein_of_a_known_shift():
-    """In one dimension the distance of two sorted samples is the mean difference of their quantiles."""
-    a, b = np.sort(rng.standard_normal(1000)), np.sort(2 * rng.standard_normal(1000))
-    from scipy.stats import wasserstein_distance
-    assert np.abs(a - b).mean() == pytest.approx(wasserstein_distance(a, b))    # what `sliced_wasserstein` averages
+def test_sliced_wasserstein_is_blind_to_brightness_and_contrast():
+    """Each set is normalised per channel, as by Karras et al.: what differs is only the choice of patches."""
+    real = textures(96, 0) // 2
+    brighter = real + 60
+    floor, moved = sliced_wasserstein(real, textures(96, 3) // 2), sliced_wasserstein(real, brighter)
+    assert all(moved[side] < 1.5 * floor[side] for side in floor)
+
+
+def test_scores_that_mean_nothing_are_left_out():
+    same = np.repeat(rng.integers(0, 256, (1, 8, 8, 1)), 20, axis=0).astype(np.uint8)
+    scores = fid.score(same, np.zeros(20, int), same, np.zeros(20, int))
+    assert "novelty" not in scores and "class_variance" not in scores and scores["frechet_pixel"] == pytest.approx(0)
+    assert fid.table(scores)
 
 
 def test_scores_tell_real_digits_from_wrong_ones():

@@ -12,7 +12,6 @@ import torch
 
 import checkpoint
 import config
-import data
 import sample
 import train
 from config import Config, UserError
@@ -294,6 +293,7 @@ def test_an_unknown_device_is_said(tmp_path):
     (dict(batch=0), "batch must be at least 1"), (dict(ema=1.0), "ema"), (dict(label_drop=-0.1), "label_drop"),
     (dict(noise="pink"), "unknown noise"), (dict(stages="all"), "unknown stages"),
     (dict(precision="half"), "precision"),
+    (dict(batch=1), "stratified stages need a batch of at least 2"),
     (dict(lr=float("nan")), "lr must be 0 or more"), (dict(rtol=0.0), "rtol must be above 0")])
 def test_a_wrong_setting_is_named(settings, words):
     with pytest.raises(UserError, match=words):
@@ -330,4 +330,22 @@ def test_data_is_loaded_before_anything_is_written(tmp_path):
     with pytest.raises(UserError):
         train.main(cfg, device="cpu")
     assert not (tmp_path / "run").exists()
-    assert data.EXTENSIONS
+
+
+def test_other_sampling_settings_of_a_finished_run_reach_its_checkpoint(tmp_path):
+    train.main(tiny(tmp_path, steps=5), device="cpu")
+    train.main(tiny(tmp_path, steps=5, solver="heun", solver_steps=6), device="cpu")
+    assert sample.load_run(str(tmp_path / "run"), device="cpu").cfg.solver == "heun"
+
+
+def test_a_folder_that_changed_is_not_continued(tmp_path):
+    from PIL import Image
+
+    for name in ("a", "b", "c"):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.new("RGB", (20, 20)).save(tmp_path / "images" / f"{name}.png")
+    cfg = tiny(tmp_path, dataset="folder", data=str(tmp_path / "images"), res=16, steps=2)
+    train.main(cfg, device="cpu")
+    (tmp_path / "images" / "c.png").rename(tmp_path / "images" / "d.png")
+    with pytest.raises(UserError, match="other images or classes"):
+        train.main(cfg, device="cpu")
