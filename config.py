@@ -65,6 +65,7 @@ class Config:
     solver_steps: int = option(0, "steps of the other solvers, over all segments together")
     cfg_scale: float = option(1.0, "guidance w in v_null + w (v_cond - v_null); 1 is none")
     # records
+    num_samples: int = option(500, "images drawn and scored at the end of training")
     log_every: int = option(20, "steps between lines of metrics.jsonl")
     save_every: int = option(250, "steps between checkpoints")
 
@@ -77,7 +78,7 @@ class Config:
                 object.__setattr__(self, field.name, float(value))
             elif not _is(kind, value):
                 raise UserError(f"{field.name} must be {_kind_name(kind)}, not {value!r}")
-        for name in ("res", "num_scales", "batch", "log_every", "save_every"):
+        for name in ("res", "num_scales", "batch", "num_samples", "log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.num_scales > 8:
@@ -132,9 +133,9 @@ def _kind_name(kind) -> str:
 PRESETS = {
     "digits": dict(),                                       # two minutes on two CPU cores; the choices are in LOG.md
     "photos": dict(dataset="photos", res=64, size="192,6,3,4", num_scales=3, batch=32, steps=3000, lr=2e-3, lr_end=1e-5,
-                   ema=0.998),
+                   ema=0.998, num_samples=64),
     "folder": dict(dataset="folder", res=64, size="192,6,3,4", num_scales=3, batch=32, steps=20000, lr=1e-3,
-                   lr_end=1e-5, ema=0.999, save_every=1000),
+                   lr_end=1e-5, ema=0.999, num_samples=64, save_every=1000),
 }
 
 

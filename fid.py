@@ -144,7 +144,7 @@ def class_scores(real, real_labels, fake, fake_labels) -> dict:
 
     wanted = [c for c in np.unique(fake_labels) if (fake_labels == c).sum() > 1 and (real_labels == c).sum() > 1]
     variances = [(fake[fake_labels == c].var(axis=0).sum(), real[real_labels == c].var(axis=0).sum()) for c in wanted]
-    ratios = [a / b for a, b in variances if b > 0]
+    ratios = [a / b for a, b in variances if b > 1e-9]      # a class of equal images has none
     scores = {"class_variance": float(np.mean(ratios))} if ratios else {}
     if len(np.unique(real_labels)) > 1:
         classifier = SVC(C=10).fit(real, real_labels)

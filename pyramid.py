@@ -101,7 +101,7 @@ def main() -> None:
         shown = band if i == 0 else 2 * band
         prefix = reconstruct(bands[: i + 1])
         for axis, image in zip(axes[:, i], (shown, prefix), strict=True):
-            axis.imshow((image[0].permute(1, 2, 0) / 2 + 0.5).clamp(0, 1), interpolation="nearest")
+            axis.imshow((image[0].permute(1, 2, 0) / 2 + 0.5).clamp(0, 1).numpy(), interpolation="nearest")
             axis.set_axis_off()
         axes[0, i].set_title(f"band {i}: {band.shape[-1]} x {band.shape[-2]}, std {band.std():.3f}")
         axes[1, i].set_title("= band 0" if i == 0 else f"bands 0..{i} summed")

@@ -38,7 +38,7 @@ from config import Config, UserError
 from schedule import Schedule, loss
 
 # Settings that may differ when a run is continued: they do not change what was trained so far.
-FREE = {"out", "steps", "solver", "rtol", "atol", "solver_steps", "cfg_scale", "log_every", "save_every"}
+FREE = {"out", "steps", "solver", "rtol", "atol", "solver_steps", "cfg_scale", "num_samples", "log_every", "save_every"}
 
 
 def learning_rate(cfg: Config, step: int) -> float:
@@ -122,8 +122,9 @@ class Metrics:
         return line
 
 
-def finish(run: sample.Run, dataset, num: int = 500) -> dict:
+def finish(run: sample.Run, dataset) -> dict:
     """Samples, pictures and scores of a trained run."""
+    num = run.cfg.num_samples
     labels = sample.choose_labels("balanced", num, run.classes)
     images, report = sample.generate(run, num, labels, **sample.solver_settings(run.cfg))
     pictures.draw_grid(run.folder / "samples.png", images, labels, run.classes)

@@ -1,6 +1,7 @@
 """Shared by the tests: small random networks, and a way to run a script as a user would."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -33,12 +34,27 @@ def random_bands(model: MoTDiT, batch=2, seed=1, dtype=torch.float32) -> list:
 @pytest.fixture
 def run_script(tmp_path):
     """run_script("train.py", "--steps", "3") in an empty directory; returns the finished process."""
-    def run(script, *arguments, check=True):
+    def run(script, *arguments):
         process = subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], cwd=tmp_path,
                                  capture_output=True, text=True, timeout=300,
                                  env={**os.environ, "OMP_NUM_THREADS": "2"})
-        if check:
-            assert process.returncode == 0, process.stdout + process.stderr
+        assert process.returncode == 0, process.stdout + process.stderr
         return process
+
+    return run
+
+
+@pytest.fixture
+def give_up(tmp_path, monkeypatch, capsys):
+    """give_up("train.py", "--size", "M/2"): what a script says as it exits with an error. It runs in this process,
+    where torch is loaded already; anything but a clean exit is raised here, and the test fails with it."""
+    def run(script, *arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        assert stop.value.code not in (0, None)
+        return capsys.readouterr().err + (stop.value.code if isinstance(stop.value.code, str) else "")
 
     return run

