@@ -97,7 +97,8 @@ def solve(velocity, noise, schedule, solver="dopri5", rtol=1e-5, atol=1e-5, step
         def field(t, state, j=j, end=end, shapes=shapes):
             nonlocal nfe
             nfe += 1
-            assert t.isfinite(), "its first step is not finite"
+            if not t.isfinite():
+                raise AssertionError("its first step is not finite")
             t = t.clamp(max=end)                            # the probe for a first step may look too far
             v = pack(velocity(unpack(state, shapes), t)).to(state)
             if not v.isfinite().all():
@@ -118,6 +119,8 @@ def solve(velocity, noise, schedule, solver="dopri5", rtol=1e-5, atol=1e-5, step
         try:
             state = odeint(field, pack(bands), times, rtol=rtol, atol=atol, method=method, options=options)[-1]
         except AssertionError as problem:                   # how torchdiffeq says that no step is small enough
+            if solver != "dopri5":
+                raise
             raise UserError(f"dopri5 cannot meet rtol {rtol:g} and atol {atol:g} in segment {j} ({problem}); "
                             "choose larger tolerances") from None
         bands = unpack(state, shapes)

@@ -184,17 +184,17 @@ def main(cfg: Config, fresh: bool = False, device: str | None = None, record: st
                               "model": model.state_dict(), "ema": ema.state_dict() if ema is not None else None,
                               "optimizer": optimizer.state_dict()})
 
-    stopped = []                                            # SIGINT and SIGTERM: end this step, save, leave
+    stopped, ending = [], False                             # SIGINT and SIGTERM: end this step, save, leave
     handlers = {s: signal.signal(s, lambda number, _: stopped.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
     metrics, resumed = Metrics(out, step), step > 0
     bar = tqdm(total=cfg.steps, initial=step, desc="training", unit="step", mininterval=0.5)
     try:
-        while step < cfg.steps and not stopped:
+        while step < cfg.steps and not ending:
             # every random number of this step comes from (seed, step)
             rng = data.BatchRandom(cfg.seed, step, cfg.batch, device=device)
             x1, y = dataset.batch(data.order(len(dataset), cfg.seed, step * cfg.batch, cfg.batch), rng.rand(3))
             x1, y = x1.to(device), None if y is None else y.to(device)
-            if y is not None:                                   # one draw per example, shared by all bands
+            if y is not None:                               # one draw per example, shared by all bands
                 y = torch.where(rng.rand() < cfg.label_drop, model.num_classes, y)
 
             with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bfloat16"):
@@ -214,7 +214,7 @@ def main(cfg: Config, fresh: bool = False, device: str | None = None, record: st
             bar.update()
             ending = step == cfg.steps or bool(stopped)
             if step % cfg.log_every == 0 or step % cfg.save_every == 0 or ending:
-                line = metrics.write(cfg, lr)                   # raises before a bad state could be saved
+                line = metrics.write(cfg, lr)               # raises before a bad state could be saved
                 bar.set_postfix(loss=f"{line['loss']:.4f}", images_per_s=f"{line['images_per_second']:.0f}")
             if step % cfg.save_every == 0 or ending:
                 save()
@@ -222,7 +222,7 @@ def main(cfg: Config, fresh: bool = False, device: str | None = None, record: st
         bar.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    if stopped:
+    if step < cfg.steps:
         print(f"stopped at step {step}, saved; the same command continues")
         return
 
