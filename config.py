@@ -181,6 +181,12 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps [the best there is]")
 
 
+def check_sampling_flags(args: argparse.Namespace, least: int) -> None:
+    """Raises UserError for numbers of sample.py and fid.py that are out of range; `least` is the smallest --num."""
+    if args.num < least or args.batch < 1 or not 0 <= args.seed < 2**63:
+        raise UserError(f"--num must be at least {least}, --batch at least 1, and --seed at least 0 and below 2^63")
+
+
 def resolve(given: dict) -> Config:
     """The preset of the data set, then what the user gave."""
     name = given.get("dataset", "digits")

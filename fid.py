@@ -253,8 +253,7 @@ def cpu_name() -> str:
 
 
 def main(args) -> None:
-    if args.num < 5 or args.batch < 1 or not 0 <= args.seed < 2**63:
-        raise UserError("--num must be at least 5, --batch at least 1, and --seed at least 0 and below 2^63")
+    config.check_sampling_flags(args, least=5)
     check_record(args.record)
     run = sample.load_run(args.run, args.raw, args.device)
     dataset, scored = data.load(run.cfg), run.folder

@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 
 
-def _pyplot():
+def pyplot():
+    """matplotlib.pyplot, set to write files: no window, no display needed."""
     import matplotlib
 
-    matplotlib.use("Agg")                                   # files only: no window, no display needed
+    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     return plt
@@ -18,7 +19,7 @@ def _pyplot():
 def draw_images(path: Path, rows: list, labels: list, columns: list | None = None, names: list | None = None) -> None:
     """A table of small images, enlarged. rows: lists of uint8 (H, W, C) or of text for an empty cell; labels above
     each cell (or None), titles of the columns and names of the rows. All images become the size of the largest."""
-    plt = _pyplot()
+    plt = pyplot()
     side = max(cell.shape[0] for row in rows for cell in row if not isinstance(cell, str))
     pitch, width = side * 1.15, max(len(row) for row in rows)
     gap = pitch * (1.3 if any(labels) else 1.0)
@@ -58,7 +59,7 @@ def draw_grid(path: Path, images: np.ndarray, labels: np.ndarray | None, classes
 
 def draw_loss(out: Path) -> None:
     """loss.png: the loss of every band, from metrics.jsonl."""
-    plt = _pyplot()
+    plt = pyplot()
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     if not lines:
         return

@@ -61,9 +61,10 @@ def main() -> None:
     """Draws the pyramid of one image: the bands, the image re-summed from each prefix of them, and the error."""
     import argparse
 
-    import matplotlib
     import numpy as np
     from PIL import Image
+
+    from pictures import pyplot
 
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("image", nargs="?", help="an image file (default: a photograph that comes with scikit-learn)")
@@ -91,10 +92,7 @@ def main() -> None:
     bands = decompose(x, args.num_scales)
     error = (reconstruct(bands) - x).abs().max().item()
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, args.num_scales, squeeze=False, layout="constrained",
+    figure, axes = pyplot().subplots(2, args.num_scales, squeeze=False, layout="constrained",
                                 figsize=(3.6 * args.num_scales, 7.4 * height / width + 0.6))
     for i, band in enumerate(bands):
         # a fine band is a small signed residual around zero: show it around mid-grey, contrast times two

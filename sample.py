@@ -221,6 +221,14 @@ def load_run(folder: str | None = None, raw: bool = False, device: str | None = 
     return Run(cfg, model, classes, folder, state["step"], weights)
 
 
+def check_guidance(cfg: Config, cfg_scale: float, classes: list[str]) -> None:
+    """Raises UserError for guidance that the training of this run does not support."""
+    if cfg_scale != 1 and not classes:
+        raise UserError("guidance needs labels, but this run was trained without classes: leave out the guidance scale")
+    if cfg_scale != 1 and cfg.label_drop == 0:
+        raise UserError("guidance needs a null label, but this run has --label-drop 0: leave out the guidance scale")
+
+
 def solver_settings(cfg: Config, args=None) -> dict:
     """Solver, tolerances, steps and guidance: those of the run, unless the command line gives others."""
     given = {} if args is None else {k: v for k, v in vars(args).items() if v is not None}
@@ -258,10 +266,7 @@ def choose_labels(text: str, num: int, classes: list[str]) -> np.ndarray | None:
 
 def generate(run: Run, num: int, labels: np.ndarray | None, seed=0, batch=250, cfg_scale=1.0, progress=True, **solver):
     """Images 0..num-1 of a seed: uint8 (num, H, W, C), and a report of what they cost."""
-    if labels is None and cfg_scale != 1:
-        raise UserError("guidance needs labels, but this run was trained without classes: leave out --cfg")
-    if cfg_scale != 1 and run.cfg.label_drop == 0:
-        raise UserError("guidance needs a null label, but this run was trained with --label-drop 0: leave out --cfg")
+    check_guidance(run.cfg, cfg_scale, run.classes)
     model, schedule = Guided(run.model, cfg_scale), Schedule(run.cfg.starts, run.cfg.path)
     images, began = [], time.perf_counter()
     with tqdm(total=num, desc="sampling", unit="img", disable=not progress, leave=False) as bar:
@@ -327,16 +332,15 @@ def draw_trajectory(path: Path, run: Run, labels: np.ndarray | None, seed: int =
 
 
 def main(args) -> None:
-    if args.num < 1 or args.batch < 1 or not 0 <= args.seed < 2**63:
-        raise UserError("--num and --batch must be at least 1, and --seed at least 0 and below 2^63")
+    config.check_sampling_flags(args, least=1)
     run = load_run(args.run, args.raw, args.device)
+    labels, settings = choose_labels(args.labels, args.num, run.classes), solver_settings(run.cfg, args)
     out = Path(args.out or run.folder / "samples")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise UserError(f"the directory {out} cannot be written: {problem}; choose another with --out") from None
-    labels = choose_labels(args.labels, args.num, run.classes)
-    images, report = generate(run, args.num, labels, args.seed, args.batch, **solver_settings(run.cfg, args))
+    images, report = generate(run, args.num, labels, args.seed, args.batch, **settings)
     np.savez_compressed(out / "samples.npz", images=images, labels=np.full(args.num, -1) if labels is None else labels)
     (out / "report.json").write_text(json.dumps(report, indent=2))
     pictures.draw_grid(out / "grid.png", images, labels, run.classes)

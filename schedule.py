@@ -130,12 +130,9 @@ def loss(model, x1, y, schedule: Schedule, rng, noise="pyramid", stages="batch",
 
 def main() -> None:
     """Prints alpha and sigma of a two-scale schedule on every path, and draws them to schedule.png."""
-    import matplotlib
+    from pictures import pyplot
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(PATHS), figsize=(14, 3.4), sharey=True, layout="constrained")
+    figure, axes = pyplot().subplots(1, len(PATHS), figsize=(14, 3.4), sharey=True, layout="constrained")
     for axis, path in zip(axes, PATHS, strict=True):
         schedule = Schedule((0.0, 0.5), path)
         print(f"{path:10s}  t     " + "  ".join(f"{t:5.2f}" for t in torch.linspace(0.5, 1, 6)))

@@ -151,6 +151,7 @@ def main(cfg: Config, fresh: bool = False, device: str | None = None, record: st
     with torch.device("meta"):
         sample.build_model(cfg, 1, 0)                       # what does not fit is said before a folder is read
     dataset = data.load(cfg)
+    sample.check_guidance(cfg, cfg.cfg_scale, dataset.classes)
     model = sample.build_model(cfg, dataset.channels, len(dataset.classes)).to(device)
     ema = copy.deepcopy(model).requires_grad_(False) if cfg.ema else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2),

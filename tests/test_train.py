@@ -338,6 +338,12 @@ def test_other_sampling_settings_of_a_finished_run_reach_its_checkpoint(tmp_path
     assert sample.load_run(str(tmp_path / "run"), device="cpu").cfg.solver == "heun"
 
 
+def test_guidance_that_cannot_work_is_said_before_training(tmp_path):
+    with pytest.raises(UserError, match="guidance needs a null label"):
+        train.main(tiny(tmp_path, cfg_scale=1.5, label_drop=0.0), device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_folder_that_changed_is_not_continued(tmp_path):
     from PIL import Image
 
