@@ -1,8 +1,8 @@
 """Checkpoints: whole or absent, plain tensors and values, newest by step number.
 
 RUN/step-00001000.pt holds {version, step, config, data, model, ema, optimizer}. It is written to a temporary file,
-flushed to the disk and renamed, so a crash leaves the previous one. The last two are kept. torch.save writes a zip
-archive, whose own checksums (CRC-32 of each record) are verified before anything is used; it is read with
+flushed to the disk and renamed, so a crash leaves the previous one. The last few are kept (--keep). torch.save writes
+a zip archive, whose own checksums (CRC-32 of each record) are verified before anything is used; it is read with
 weights_only=True, so a file from a stranger cannot run code.
 """
 
@@ -17,7 +17,6 @@ import torch
 from config import UserError
 
 VERSION = 1
-KEEP = 2
 
 
 def steps(run: Path) -> list[Path]:
@@ -25,22 +24,30 @@ def steps(run: Path) -> list[Path]:
     return sorted(run.glob("step-*.pt"), key=lambda path: path.name, reverse=True)
 
 
-def save(run: Path, state: dict) -> Path:
-    """Writes RUN/step-N.pt atomically and removes all but the newest KEEP. Raises UserError when the disk refuses."""
-    path = run / f"step-{state['step']:08d}.pt"
-    temporary = path.with_suffix(".tmp")
+def path(run: Path, step: int) -> Path:
+    return run / f"step-{step:08d}.pt"
+
+
+def save(run: Path, state: dict, keep: int = 2, keep_every: int = 0) -> Path:
+    """Writes RUN/step-N.pt atomically, then removes all but the newest `keep` and the multiples of `keep_every`.
+
+    Raises UserError when the disk refuses; what was there before stays.
+    """
+    target = path(run, state["step"])
+    temporary = target.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as file:
             torch.save({"version": VERSION, **state}, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except (OSError, RuntimeError) as problem:              # torch reports a full disk as a RuntimeError
         temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write the checkpoint {path}: {problem}; the previous one is intact") from None
-    for old in steps(run)[KEEP:]:
-        old.unlink()
-    return path
+        raise UserError(f"cannot write the checkpoint {target}: {problem}; the previous one is intact") from None
+    for old in steps(run)[keep:]:
+        if not keep_every or int(old.stem[5:]) % keep_every:
+            old.unlink()
+    return target
 
 
 def read(path: Path) -> dict:

@@ -8,9 +8,9 @@ Two rules make runs repeatable:
 * Sampling: image i has its own generator seeded by (seed, i), so it does not depend on the batch it is drawn in.
 """
 
-import hashlib
+import json
 import random
-import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -18,10 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import sources
 from config import UserError
-
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # randomness
@@ -31,8 +29,7 @@ class BatchRandom:
     """Random numbers of one training step: drawn for `batch` examples, of which this process keeps `rows`."""
 
     def __init__(self, seed: int, step: int, batch: int, rows: slice | None = None, device="cpu"):
-        self.first_row, self.batch, self.device = (rows.start if rows else 0), batch, device
-        self.rows = rows or slice(0, batch)
+        self.rows, self.batch, self.device = rows or slice(0, batch), batch, device
         # torch's CPU generator reads 32 bits of its seed: consecutive steps of one run must differ in those
         self.generator = torch.Generator(device).manual_seed((seed * 1_000_003 + step) % 2**63)
         self.shared = random.Random(f"{seed} {step}")
@@ -75,13 +72,45 @@ def order(count: int, seed: int, start: int, length: int) -> np.ndarray:
                            for e in np.unique(places // count)])
 
 
+def read_ahead(dataset, cfg, step: int, rows: list[slice], pin: bool = False):
+    """Yields, for steps step, step + 1, ..., a list with (raw, y) of each of the given rows of the global batch.
+
+    A thread reads one step ahead; pin=True puts the tensors into memory that a GPU copies from by itself. Which images
+    a step takes, and which of them are mirrored, depends on the seed and the step alone.
+    """
+    def read(step):
+        index = order(len(dataset), cfg.seed, step * cfg.batch, cfg.batch)
+        u = np.random.Generator(np.random.Philox(key=[cfg.seed, 2**63 + step])).random((cfg.batch, 3))
+        pairs = [dataset.read(index[part], u[part]) for part in rows]
+        return [(raw.pin_memory(), y) if pin and not raw.is_cuda else (raw, y) for raw, y in pairs]
+
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(read, step)
+        while True:
+            step += 1
+            now, ahead = ahead.result(), pool.submit(read, step)
+            yield now
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # data sets
+#
+# Each has   channels, side    of what the network sees: pixels or latents
+#            classes           names, none when unconditional
+#            to(device)        before the first read
+#            read(index, u)    the raw batch and its labels y (or None), on the CPU; u (B, 3) uniform decides mirroring
+#            x1(raw, rng)      raw, on any device, as data x1 (B, C, H, W); rng is a BatchRandom
+#            reference(count)  at most `count` unmirrored examples as x1, shuffled, and their labels, for evaluation
 
 
 def to_uint8(x: torch.Tensor) -> torch.Tensor:
     """Pixels in [-1, 1] to 0..255, rounded. The only place where this conversion is made."""
     return (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8)
+
+
+def to_images(x: torch.Tensor) -> np.ndarray:
+    """Pixels (B, C, H, W) in [-1, 1] -> uint8 (B, H, W, C)."""
+    return to_uint8(x).permute(0, 2, 3, 1).cpu().numpy()
 
 
 @dataclass
@@ -93,6 +122,7 @@ class Images:
     classes: list[str] = field(default_factory=list)
     flip: bool = True
     fingerprint: str = ""                                   # of the files they came from
+    latent: dict | None = None                              # these are pixels
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -101,17 +131,25 @@ class Images:
     def channels(self) -> int:
         return self.pixels.shape[1]
 
-    def batch(self, index: np.ndarray, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """x1 (B, C, H, W) in [-1, 1] and y (B,), or None without classes; u (B, 3) uniform decides the mirroring."""
-        x = torch.from_numpy(self.pixels[index]).float() / 127.5 - 1
-        if self.flip:
-            x = torch.where(u.cpu()[:, 0].view(-1, 1, 1, 1) < 0.5, x.flip(-1), x)
-        return x, torch.from_numpy(self.labels[index]) if self.classes else None
+    @property
+    def side(self) -> int:
+        return self.pixels.shape[2]
 
-    def reference(self, count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """At most `count` unmirrored real images (N, H, W, C) and their labels, shuffled, for evaluation."""
+    def to(self, device: torch.device) -> None:
+        """Pixels stay on the CPU."""
+
+    def read(self, index: np.ndarray, u: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
+        raw = self.pixels[index]                                                    # (B, C, H, W)
+        if self.flip:
+            raw = np.where(u[:, 0].reshape(-1, 1, 1, 1) < 0.5, raw[..., ::-1], raw)
+        return torch.from_numpy(raw), torch.from_numpy(self.labels[index]) if self.classes else None
+
+    def x1(self, raw: torch.Tensor, rng=None) -> torch.Tensor:
+        return raw.float() / 127.5 - 1
+
+    def reference(self, count: int, seed: int = 0) -> tuple[torch.Tensor, np.ndarray]:
         index = _epoch(len(self), seed, 0)[:count]
-        return self.pixels[index].transpose(0, 2, 3, 1), self.labels[index]
+        return self.x1(torch.from_numpy(self.pixels[index])), self.labels[index]
 
 
 @dataclass
@@ -119,28 +157,73 @@ class Photos:
     """Random mirrored crops of a few large photographs; the class is the photograph. One epoch is 4,096 crops."""
 
     photos: list[np.ndarray]                                # uint8 (C, H, W) each
-    resolution: int
+    side: int
     classes: list[str]
     flip: bool = True
     channels: int = 3
     fingerprint: str = ""
+    latent: dict | None = None
 
     def __len__(self) -> int:
         return 4096
 
-    def batch(self, index: np.ndarray, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As Images.batch; u (B, 3) uniform decides the mirroring and the place of the crop."""
-        r, labels, crops = self.resolution, np.asarray(index) % len(self.photos), []
-        for label, (flip, row, column) in zip(labels, u.cpu().numpy(), strict=True):
+    def read(self, index: np.ndarray, u: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """u also decides the place of the crop."""
+        r, labels, crops = self.side, np.asarray(index) % len(self.photos), []
+        for label, (flip, row, column) in zip(labels, u, strict=True):
             photo = self.photos[label]
             top, left = int(row * (photo.shape[1] - r + 1)), int(column * (photo.shape[2] - r + 1))
             crop = photo[:, top : top + r, left : left + r]
             crops.append(crop[:, :, ::-1] if self.flip and flip < 0.5 else crop)
-        return torch.from_numpy(np.stack(crops)).float() / 127.5 - 1, torch.from_numpy(labels)
+        return torch.from_numpy(np.stack(crops)), torch.from_numpy(labels)
 
-    def reference(self, count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        x, y = self.batch(np.arange(count), BatchRandom(seed, 2**31, count).rand(3))
-        return to_uint8(x).permute(0, 2, 3, 1).numpy(), y.numpy()
+    x1, to = Images.x1, Images.to
+
+    def reference(self, count: int, seed: int = 0) -> tuple[torch.Tensor, np.ndarray]:
+        raw, y = self.read(np.arange(count), np.random.Generator(np.random.Philox(key=[seed, 0])).random((count, 3)))
+        return self.x1(raw), y.numpy()
+
+
+class Latents:
+    """A cache that latents.py wrote: `moments` float16 (N, 2, 2C, h, w) holds for each image and for its mirror image
+    the mean and the standard deviation of the autoencoder's posterior. Every visit draws a fresh sample of it."""
+
+    def __init__(self, folder: Path, header: dict, flip: bool):
+        self.folder, self.flip, self.latent = folder, flip, header["vae"]
+        self.channels, self.side, self.classes = header["channels"], header["side"], header["classes"]
+        self.fingerprint = header["fingerprint"]
+        shape = (header["count"], 2, 2 * self.channels, self.side, self.side)
+        self.labels = np.load(folder / "labels.npy", allow_pickle=False)
+        self.valid = np.flatnonzero(self.labels >= 0)       # an image that could not be read has label -1
+        self.moments = np.memmap(folder / "moments.f16", np.float16, "r", shape=shape)
+        statistics = zip(self.latent["shift"], self.latent["scale"], strict=True)
+        self.shift, self.scale = (torch.tensor(row).view(-1, 1, 1) for row in zip(*statistics, strict=True))
+
+    def __len__(self) -> int:
+        return len(self.valid)
+
+    def to(self, device: torch.device) -> None:
+        """Holds the whole cache on a GPU when that takes less than a quarter of its free memory."""
+        self.shift, self.scale = self.shift.to(device), self.scale.to(device)
+        if device.type == "cuda" and self.moments.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
+            self.moments = torch.from_numpy(np.array(self.moments)).to(device)
+
+    def read(self, index: np.ndarray, u: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
+        index, mirrored = self.valid[index], ((u[:, 0] < 0.5) & self.flip).astype(np.int64)
+        y = torch.from_numpy(self.labels[index]) if self.classes else None
+        if isinstance(self.moments, torch.Tensor):          # on the GPU already
+            return self.moments[torch.from_numpy(index), torch.from_numpy(mirrored)], y
+        return torch.from_numpy(self.moments[index, mirrored]), y                   # (B, 2C, h, w)
+
+    def x1(self, raw: torch.Tensor, rng) -> torch.Tensor:
+        mean, std = raw.float().chunk(2, dim=1)                                     # (B, C, h, w) each
+        return (mean + std * rng.randn(*mean.shape[1:]) - self.shift) * self.scale
+
+    def reference(self, count: int, seed: int = 0) -> tuple[torch.Tensor, np.ndarray]:
+        """Means of the posteriors: decoded, they are the images as the autoencoder gives them back."""
+        index = _epoch(len(self), seed, 0)[:count]
+        raw, _ = self.read(index, np.ones((len(index), 3)))
+        return (raw.float().chunk(2, dim=1)[0] - self.shift) * self.scale, self.labels[self.valid[index]]
 
 
 def digits() -> Images:
@@ -168,86 +251,86 @@ def photos(resolution: int, flip: bool) -> Photos:
     return Photos(arrays, resolution, [Path(name).stem for name in bunch.filenames], flip)
 
 
-def natural(name: str) -> list:
-    """Sort key in which "9" comes before "10"."""
-    return [(0, int(part), "") if part.isascii() and part.isdecimal() else (1, 0, part)
-            for part in re.split(r"([0-9]+)", str(name)) if part] + [(2, 0, str(name))]
-
-
-def list_images(folder: Path) -> tuple[list[Path], list[int], list[str]]:
-    """Image files of a folder: (files, labels, classes). Subfolders are classes in natural order; none, no classes.
-
-    Raises UserError when the folder is missing or holds no image.
-    """
-    if not folder.is_dir():
-        raise UserError(f"there is no image folder {str(folder)!r}; name one with --data DIR")
-
-    def images(directory, pattern):
-        return sorted((f for f in directory.glob(pattern) if f.suffix.lower() in EXTENSIONS and f.is_file()),
-                      key=lambda f: natural(str(f.relative_to(directory))))
-
-    classes = sorted((d.name for d in folder.iterdir() if d.is_dir() and images(d, "**/*")), key=natural)
-    if not classes:
-        files, labels = images(folder, "*"), None
-    else:
-        groups = [images(folder / name, "**/*") for name in classes]
-        files, labels = sum(groups, []), [i for i, group in enumerate(groups) for _ in group]
-        if stray := images(folder, "*"):
-            raise UserError(f"{str(folder)!r} holds both class folders and images, such as {stray[0].name!r}: "
-                            "move the images into a class folder, or the class folders away")
-    if not files:
-        raise UserError(f"no images in {str(folder)!r}; looked for {', '.join(sorted(EXTENSIONS))}")
-    return files, labels or [0] * len(files), classes
-
-
-def read_image(file: Path, resolution: int) -> np.ndarray:
-    """One image file as uint8 (3, R, R): upright, RGB, centre-cropped as in ADM. Raises UserError naming the file.
-
-    The crop halves the image while its short side is at least 2R (box), resizes it to R (bicubic), cuts the centre.
-    """
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(file) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I"):                  # 16-bit grey: PIL would clip it to white
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-            if image.has_transparency_data:                 # transparent pixels become white
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as problem:
-        raise UserError(f"cannot read the image {str(file)!r}: {problem}; repair or remove it") from None
-    while min(image.size) >= 2 * resolution:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = resolution / min(image.size)
-    size = tuple(max(resolution, round(side * scale)) for side in image.size)
-    image = np.asarray(image.resize(size, Image.Resampling.BICUBIC))                # (H, W, 3)
-    top, left = (image.shape[0] - resolution) // 2, (image.shape[1] - resolution) // 2
-    return image[top : top + resolution, left : left + resolution].transpose(2, 0, 1)
-
-
-def folder(directory: str, resolution: int, flip: bool) -> Images:
-    """Every image of a folder, decoded into memory (3 R^2 bytes each)."""
+def read_all(source: sources.Source, resolution: int, flip: bool, skip_bad: bool) -> Images:
+    """Every image of a source, decoded into memory (3 R^2 bytes each). Raises UserError at a bad one, or skips it."""
     from tqdm import tqdm
 
-    files, labels, classes = list_images(Path(directory))
-    pixels = np.empty((len(files), 3, resolution, resolution), np.uint8)
-    for i, file in enumerate(tqdm(files, desc="reading images", unit="file", leave=False)):
-        pixels[i] = read_image(file, resolution)
-    names = "\n".join(str(file.relative_to(directory)) for file in files)
-    return Images(pixels, np.array(labels, np.int64), classes, flip, hashlib.sha256(names.encode()).hexdigest())
+    pixels = np.empty((len(source), 3, resolution, resolution), np.uint8)
+    kept, skipped = [], []
+    for i in tqdm(range(len(source)), desc="reading images", unit="file", leave=False):
+        try:
+            pixels[len(kept)] = source.image(i, resolution)
+            kept.append(i)
+        except UserError as problem:
+            if not skip_bad:
+                raise UserError(f"{problem}, or leave out such images with --skip-bad") from None
+            skipped.append(str(problem))
+    if skipped:
+        print(f"left out {len(skipped)} of {len(source)} images: {'; '.join(skipped[:5])}")
+    if not kept:
+        raise UserError(f"none of the {len(source)} images of {source.where} can be read")
+    return Images(pixels[: len(kept)], np.array(source.labels, np.int64)[kept], source.classes, flip,
+                  source.fingerprint)
+
+
+def open_latents(cfg) -> Latents:
+    """The latent cache of a configuration. Raises UserError when it is missing, unfinished or of something else."""
+    folder = Path(cfg.latents)
+    wanted = f"--dataset {cfg.dataset} --res {cfg.res} --vae {cfg.vae}"
+    make = f"python latents.py {wanted} --data {cfg.data or 'DIR'} --out {folder}"
+    header = read_header(folder)
+    if header is None:
+        told = f"\n{sources.WHERE[cfg.dataset]}" if cfg.dataset in sources.WHERE and not cfg.data else ""
+        raise UserError(f"there is no latent cache in {folder}; make it with\n  {make}\n"
+                        f"(torchrun --nproc_per_node=8 latents.py ... shares the work over 8 GPUs){told}")
+    if not header["complete"]:
+        raise UserError(f"the latent cache in {folder} is not finished; the same command goes on where it stopped:\n"
+                        f"  {make}")
+    wrong = [f"its {name} is {found}, the run asks for {asked}" for name, found, asked in (
+        ("dataset", header["dataset"], cfg.dataset), ("resolution", header["res"], cfg.res),
+        ("vae", header["vae"].get("name"), cfg.vae)) if found != asked]
+    if wrong:
+        raise UserError(f"the latent cache in {folder} is of another run: {'; '.join(wrong)}. Name another with "
+                        f"--latents, or make one with\n  {make}")
+    try:
+        expected = header["count"] * 2 * 2 * header["channels"] * header["side"] ** 2 * 2
+        found = (folder / "moments.f16").stat().st_size
+        if found != expected:
+            raise UserError(f"the latent cache in {folder} is damaged: moments.f16 has {found:,} bytes and should have "
+                            f"{expected:,}; delete the directory and make it again with\n  {make}")
+        return Latents(folder, header, cfg.flip)
+    except (OSError, ValueError, EOFError) as problem:
+        raise UserError(f"the latent cache in {folder} cannot be read: {problem}") from None
+
+
+def read_header(folder: Path) -> dict | None:
+    """header.json of a latent cache, None without one. Raises UserError when it is not what latents.py writes."""
+    try:
+        header = json.loads((folder / "header.json").read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as problem:
+        raise UserError(f"{folder / 'header.json'} cannot be read: {problem}") from None
+    kinds = {"complete": bool, "dataset": str, "res": int, "count": int, "channels": int, "side": int, "classes": list,
+             "fingerprint": str, "vae": dict}
+    if not isinstance(header, dict) or any(not isinstance(header.get(k), kind) for k, kind in kinds.items()):
+        raise UserError(f"{folder / 'header.json'} is no header of a latent cache")
+    for name in ("shift", "scale"):
+        values = header["vae"].get(name)
+        if not isinstance(values, list) or len(values) != header["channels"]:
+            raise UserError(f"{folder / 'header.json'} is no header of a latent cache: it lacks the {name} of the VAE")
+    return header
 
 
 def facts(dataset) -> dict:
-    """What a checkpoint remembers of its data: a run continues only on the same."""
-    return {"channels": dataset.channels, "classes": dataset.classes, "count": len(dataset),
-            "fingerprint": dataset.fingerprint}
+    """What a checkpoint remembers of its data: a run continues only on the same, and sample.py needs no more."""
+    return {"channels": dataset.channels, "side": dataset.side, "classes": dataset.classes, "count": len(dataset),
+            "fingerprint": dataset.fingerprint, "latent": dataset.latent}
 
 
-def load(cfg) -> Images | Photos:
+def load(cfg) -> Images | Photos | Latents:
     """The data set of a configuration. Raises UserError when it is unknown, missing or does not fit."""
-    if cfg.data and cfg.dataset != "folder":
+    if cfg.data and cfg.dataset in ("digits", "photos"):
         raise UserError(f"--data {cfg.data} is of no use to the dataset {cfg.dataset}: add --dataset folder")
     if cfg.dataset == "digits":
         if cfg.res != 8:
@@ -255,8 +338,6 @@ def load(cfg) -> Images | Photos:
         return digits()
     if cfg.dataset == "photos":
         return photos(cfg.res, cfg.flip)
-    if cfg.dataset == "folder":
-        if not cfg.data:
-            raise UserError("--dataset folder needs the image folder: add --data DIR")
-        return folder(cfg.data, cfg.res, cfg.flip)
-    raise UserError(f"unknown dataset {cfg.dataset!r}; choose one of digits, photos, folder")
+    if cfg.space == "latent":
+        return open_latents(cfg)
+    return read_all(sources.open_source(cfg.dataset, cfg.data), cfg.res, cfg.flip, cfg.skip_bad)

@@ -37,6 +37,7 @@ import torch
 import torch.nn.functional as F
 
 import data
+import runs
 import sample
 from config import UserError
 from pyramid import decompose
@@ -185,10 +186,14 @@ MEANING = {
 }
 
 
-def evaluate(dataset, images: np.ndarray, labels: np.ndarray | None) -> dict:
+def evaluate(dataset, images: np.ndarray, labels: np.ndarray | None, decode) -> dict:
     """Scores of generated images against the training set and, under "real", of as many real ones (at most half of
-    them) against the remaining ones: what a perfect generator would get."""
+    them) against the remaining ones: what a perfect generator would get.
+
+    decode: data x1 -> uint8 images, as the run's own: latents are compared as the autoencoder gives them back.
+    """
     real, real_labels = dataset.reference(max(2 * len(images), 2000))
+    real = np.concatenate([decode(part) for part in real.split(256)])
     if labels is not None:                                  # asked for some classes only: compare with those
         real, real_labels = (a[np.isin(real_labels, labels)] for a in (real, real_labels))
     scores = score(real, real_labels, images, labels)
@@ -232,7 +237,7 @@ def check_record(file: str | None) -> None:
         raise UserError(f"results cannot be appended to {file}: {problem}") from None
 
 
-def record(file: Path, run: sample.Run, scores: dict) -> None:
+def record(file: Path, run: runs.Run, scores: dict) -> None:
     """Appends one line with all that is needed to repeat a measurement; the tables of README.md are made from such."""
     git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False,
                          cwd=Path(__file__).parent)
@@ -255,7 +260,7 @@ def cpu_name() -> str:
 def main(args) -> None:
     config.check_sampling_flags(args, least=5)
     check_record(args.record)
-    run = sample.load_run(args.run, args.raw, args.device)
+    run = runs.load_run(args.run, args.raw, args.device)
     dataset, scored = data.load(run.cfg), run.folder
     if dataset.classes != run.classes:
         raise UserError(f"the data of {run.folder} has changed: it was trained on the classes {run.classes}")
@@ -270,7 +275,7 @@ def main(args) -> None:
         settings = sample.solver_settings(run.cfg, args)
         images, report = sample.generate(run, args.num, labels, args.seed, args.batch, **settings)
         print(sample.describe(report))
-    scores = evaluate(dataset, images, labels)
+    scores = evaluate(dataset, images, labels, run.decode)
     print(table(scores))
     (scored / "scores.json").write_text(json.dumps({**report, **scores}, indent=2))
     if args.record:

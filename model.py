@@ -14,6 +14,7 @@ The mask is never built: the keys band i may read are a prefix of all keys, so o
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from config import UserError
 
@@ -105,6 +106,10 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t):
+        with torch.autocast(t.device.type, enabled=False):  # float32, whatever the blocks compute in
+            return self.embed(t)
+
+    def embed(self, t):
         omega = 10000 ** (-torch.arange(128, dtype=torch.float32, device=t.device) / 128)
         angle = self.TIME_SCALE * t.float()[:, None] * omega                        # (B, 128)
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))               # (B, D)
@@ -197,6 +202,7 @@ class MoTDiT(nn.Module):
         self.in_channels, self.resolution, self.num_scales = in_channels, resolution, num_scales
         self.num_classes, self.experts, self.mask = num_classes, experts, mask
         self.num_cond = (1 + (num_classes > 0)) if condition_tokens else 0
+        self.recompute = False                              # in backward, block by block: less memory, more time
 
         grids = [resolution // p // 2**k for k in reversed(range(num_scales))]      # tokens along a side of each band
         for i, grid in enumerate(grids):
@@ -245,7 +251,10 @@ class MoTDiT(nn.Module):
         if self.num_cond:
             xs[0] = torch.cat([*(token.expand(b, -1, -1) for token in tokens), xs[0]], dim=1)   # (B, num_cond + N_0, D)
         for block in self.blocks:
-            xs = block(xs, c, self.num_cond)
+            if self.recompute and torch.is_grad_enabled():
+                xs = checkpoint(block, xs, c, self.num_cond, use_reentrant=False)
+            else:
+                xs = block(xs, c, self.num_cond)
         xs[0] = xs[0][:, self.num_cond :]
         return [
             unpatchify(self.patch_out[i](x, c), p, *band.shape[-2:])                # (B, C, H_i, W_i)

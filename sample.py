@@ -14,7 +14,6 @@ import math
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 import config
@@ -31,12 +30,11 @@ import torch
 from torchdiffeq import odeint
 from tqdm import tqdm
 
-import checkpoint
 import data
 import pictures
 from config import Config, UserError
-from model import MoTDiT
 from pyramid import reconstruct
+from runs import Run, load_run
 from schedule import Schedule, noise_bands
 
 FIXED = {"euler": "euler", "midpoint": "midpoint", "heun": "heun2", "rk2": "heun2", "rk4": "rk4"}  # torchdiffeq's names
@@ -161,64 +159,7 @@ def sample(model, n, y, schedule, shape, noise="pyramid", solve=solve, **solver)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# runs
-
-
-def best_device(name: str | None = None) -> torch.device:
-    """The device of that name, or the best there is. Raises UserError when it is not there."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name).item()
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as problem:
-        raise UserError(f"the device {name!r} cannot be used: {str(problem).splitlines()[0]}") from None
-
-
-def build_model(cfg: Config, channels: int, num_classes: int) -> MoTDiT:
-    """The network of a configuration, freshly initialised."""
-    return MoTDiT(cfg.size, channels, cfg.res, cfg.num_scales, num_classes, cfg.experts, cfg.mask,
-                  cfg.condition_tokens)
-
-
-@dataclass
-class Run:
-    """A trained model with what is needed to sample it."""
-
-    cfg: Config
-    model: MoTDiT
-    classes: list[str]
-    folder: Path
-    step: int
-    weights: str                                            # "ema" or "raw"
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.model.in_channels, self.model.resolution, self.model.resolution
-
-
-def load_run(folder: str | None = None, raw: bool = False, device: str | None = None) -> Run:
-    """The newest whole checkpoint of a run directory, or of the newest run. Raises UserError when there is none."""
-    folder = Path(folder) if folder else checkpoint.newest_run()
-    if not folder.is_dir():
-        raise UserError(f"there is no run directory {str(folder)!r}; train one with python train.py")
-    state = checkpoint.load_newest(folder)
-    if state is None:
-        raise UserError(f"{str(folder)!r} holds no checkpoint; train with python train.py --out {folder}")
-    weights = "raw" if raw or state["ema"] is None else "ema"
-    cfg, classes = Config.from_dict(state["config"]), state["data"]["classes"]
-    model = build_model(cfg, state["data"]["channels"], len(classes))
-    try:
-        model.load_state_dict(state["ema" if weights == "ema" else "model"])
-    except RuntimeError as problem:
-        raise UserError(f"the weights in {folder} do not fit their own configuration: "
-                        f"{str(problem).splitlines()[-1].strip()}") from None
-    model.eval().requires_grad_(False).to(best_device(device))
-    return Run(cfg, model, classes, folder, state["step"], weights)
+# images of a trained run
 
 
 def check_guidance(cfg: Config, cfg_scale: float, classes: list[str]) -> None:
@@ -275,7 +216,7 @@ def generate(run: Run, num: int, labels: np.ndarray | None, seed=0, batch=250, c
             n = data.ImageRandom(seed, numbers, run.device)
             y = None if labels is None else torch.as_tensor(labels[first : numbers.stop], device=run.device)
             x1 = sample(model, n, y, schedule, run.shape, run.cfg.noise, **solver)
-            images.append(data.to_uint8(x1).permute(0, 2, 3, 1).cpu().numpy())
+            images.append(run.decode(x1))
             bar.update(len(numbers))
     batches = -(-num // batch)
     nfe = [model.calls[j + 1] / batches for j in range(schedule.num_scales)]    # mean over the batches, by segment
@@ -315,8 +256,10 @@ def draw_trajectory(path: Path, run: Run, labels: np.ndarray | None, seed: int =
     bands, _ = solve(velocity, noise, schedule, "euler", steps=80)
     states.append((1.0, bands))
 
+    contrast = 1 if run.facts.get("latent") is None else 0.4                    # latents: three channels, as they are
+
     def pixels(x):
-        return data.to_uint8(x).permute(1, 2, 0).cpu().numpy()
+        return data.to_uint8(contrast * x[:3]).permute(1, 2, 0).cpu().numpy()
 
     shown = [min(states, key=lambda state: abs(state[0] - t)) for t in np.linspace(0, 1, 9)]
     rows, names = [], []
@@ -326,7 +269,7 @@ def draw_trajectory(path: Path, run: Run, labels: np.ndarray | None, seed: int =
             rows.append([pixels(gain * bands[i][image]) if i < len(bands) else f"from\nt = {start:.2g}"
                          for _, bands in shown])
             names.append(f"band {i}")
-        rows.append([pixels(reconstruct(bands)[image]) for _, bands in shown])
+        rows.append([run.decode(reconstruct(bands)[image : image + 1])[0] for _, bands in shown])
         names.append("sum")
     pictures.draw_images(path, rows, [], [f"t = {t:.2f}" for t, _ in shown], names)
 

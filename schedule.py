@@ -95,7 +95,8 @@ def noise_bands(n, shape: tuple[int, int, int], num_scales: int, kind: str = "py
 def loss(model, x1, y, schedule: Schedule, rng, noise="pyramid", stages="batch", full_range=True):
     """Algorithm 1: the LapFlow training loss of images x1 (B, C, H, W) with labels y (B,), or None.
 
-    rng is a `data.BatchRandom`. stages="batch" draws one stage for the whole batch, as the paper does.
+    rng is a `data.BatchRandom`; x1 may be a part of its batch, and the loss is that part's share: shares add up to the
+    loss of the whole batch. stages="batch" draws one stage for the whole batch, as the paper does.
     # not in paper: stages="stratified" gives every stage its share of each batch: the same cost, less variance.
     # not in paper: full_range=False draws t from the segment [T_s, T_(s+1)] in place of [T_s, 1].
 
@@ -103,18 +104,18 @@ def loss(model, x1, y, schedule: Schedule, rng, noise="pyramid", stages="batch",
     """
     if stages not in STAGES:
         raise UserError(f"unknown stages {stages!r}; choose one of {', '.join(STAGES)}")
-    num_scales, batch = schedule.num_scales, len(x1)
+    num_scales = schedule.num_scales
     x0 = noise_bands(rng, x1.shape[1:], num_scales, noise)
     x1 = decompose(x1, num_scales)
     u = rng.rand()                                          # (B,)
     if stages == "batch":
-        groups = [(rng.randint(num_scales), slice(None))]
-    else:                                                   # row g of the global batch trains stage (g - shift) mod K
-        first = rng.randint(num_scales) - rng.first_row     # the shift shares out the rows that K does not divide
-        groups = [(s, slice((s + first) % num_scales, None, num_scales)) for s in range(num_scales)]
+        groups = [(rng.randint(num_scales), slice(None), rng.batch)]
+    else:                                                   # row g of the whole batch trains stage g mod K
+        groups = [(s, slice((s - rng.rows.start) % num_scales, None, num_scales),
+                   num_scales * len(range(s, rng.batch, num_scales))) for s in range(num_scales)]
 
     total, errors = 0.0, [[] for _ in range(num_scales)]
-    for s, rows in groups:
+    for s, rows, share in groups:
         start, end = schedule.segments[s]
         t = start + ((1.0 if full_range else end) - start) * u[rows]            # (B_s,)
         active = range(s + 1)
@@ -122,7 +123,7 @@ def loss(model, x1, y, schedule: Schedule, rng, noise="pyramid", stages="batch",
         v_pred = model(xt, t, None if y is None else y[rows])
         for i in active:
             error = (v_pred[i].float() - v[i]).square().mean(dim=(1, 2, 3))     # (B_s,)
-            total = total + error.sum() / batch
+            total = total + error.sum() / share
             errors[i].append((t, error.detach()))
     pairs = [tuple(torch.cat(part) for part in zip(*band, strict=True)) for band in errors if band]
     return total, pairs

@@ -3,14 +3,17 @@
     python train.py                                          8 x 8 digits, 10 classes, on a laptop's CPU
     python train.py --dataset photos --res 64                crops of two photographs
     python train.py --dataset folder --data DIR --res 64     your own images; subfolders become classes
+    torchrun --nproc_per_node=8 train.py --dataset celebahq --res 1024     a row of the paper; latents.py goes before
 
-The same command continues a run that was stopped; --fresh starts it over. The run directory gets config.json,
-checkpoints, metrics.jsonl, samples.png, trajectory.png, loss.png and scores.json.
+The same command continues a run that was stopped, on any number of GPUs; --fresh starts it over. The run directory gets
+config.json, checkpoints, metrics.jsonl, samples.png, trajectory.png, loss.png and scores.json.
 """
 
 import copy
 import json
 import math
+import os
+import re
 import signal
 import sys
 import time
@@ -19,9 +22,11 @@ from pathlib import Path
 import config
 
 if __name__ == "__main__":                                  # before torch is loaded: --help answers at once
-    PARSER = config.parser(__doc__, "python train.py [--dataset NAME] [--setting VALUE ...] [--fresh]")
+    PARSER = config.parser(__doc__, "python train.py [--preset NAME | --dataset NAME] [--setting VALUE ...] [--fresh]")
     config.add_config_flags(PARSER)
     PARSER.add_argument("--fresh", action="store_true", help="delete the run's checkpoints and start over")
+    PARSER.add_argument("--dry-run", action="store_true", help="print what the run is and what it costs, and leave")
+    PARSER.add_argument("--stop-after", metavar="TIME", default="", help="save and leave after 90s, 50m or 23.5h")
     PARSER.add_argument("--record", metavar="FILE", help="append the scores and how they were made to a .jsonl file")
     PARSER.add_argument("--device", help="cpu, cuda, cuda:1, mps [the best there is]")
     ARGUMENTS = vars(PARSER.parse_args())
@@ -33,12 +38,15 @@ import checkpoint
 import data
 import fid
 import pictures
+import plan
+import runs
 import sample
 from config import Config, UserError
+from metrics import Metrics
+from ranks import GradientSync, Ranks
 from schedule import Schedule, loss
 
-# Settings that may differ when a run is continued: they do not change what was trained so far.
-FREE = {"out", "steps", "solver", "rtol", "atol", "solver_steps", "cfg_scale", "num_samples", "log_every", "save_every"}
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 def learning_rate(cfg: Config, step: int) -> float:
@@ -71,58 +79,53 @@ def prepare_folder(cfg: Config, fresh: bool) -> Path:
     return out
 
 
-def check_same(cfg: Config, saved: dict, out: Path) -> None:
-    """Raises UserError, naming the settings, when the checkpoint belongs to another configuration."""
-    now = cfg.to_dict()
-    changed = [f"{name} was {saved.get(name)!r} and is now {now[name]!r}"
-               for name in now if name not in FREE and saved.get(name) != now[name]]
+def restore(cfg: Config, out: Path, ranks: Ranks, facts: dict, model, ema, optimizer) -> tuple[int, bool]:
+    """Continues where the newest checkpoint ends: the same command again, no flag. Returns its step (0: none), and
+    whether it must be saved again for sampling settings that changed. Raises UserError when it is of another run."""
+    state = checkpoint.load_newest(out) if ranks.first else None
+    step = int(ranks.sum(torch.tensor(float(state["step"] if state else 0))))       # the same one in all processes
+    if not step:
+        if cfg.init:
+            for text in runs.fine_tune(model, cfg.init, facts["classes"]):
+                ranks.say(text)
+            if ema is not None:
+                ema.load_state_dict(model.state_dict())
+        return 0, False
+    state = state or checkpoint.read(checkpoint.path(out, step))
+    old = Config.from_dict(state["config"])
+    changed = [f"{name} was {getattr(old, name)!r} and is now {getattr(cfg, name)!r}"
+               for name in config.differences(old, cfg)]
     if changed:
         raise UserError(f"the run in {out} was made with other settings: {'; '.join(changed)}. "
                         "Choose another directory with --out, or start over with --fresh")
+    if any(facts[name] != state["data"].get(name, facts[name]) for name in facts):
+        raise UserError(f"the run in {out} was trained on other images or classes than there are now: "
+                        "choose another directory with --out, or start over with --fresh")
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    if ema is not None:
+        ema.load_state_dict(state["ema"])
+    ranks.say(f"continuing {out} at step {step} of {cfg.steps} (--fresh starts over)")
+    if cfg.steps != old.steps:
+        ranks.say(f"the run was planned for {old.steps} steps: the learning rate now follows the new length")
+    return step, step >= cfg.steps and state["config"] != cfg.to_dict()
 
 
-class Metrics:
-    """metrics.jsonl, and the guard against losses that are not finite; waits for the device only when it writes."""
-
-    def __init__(self, out: Path, step: int):
-        """Lines of steps after `step`, left by a run that was killed after its last checkpoint, are dropped."""
-        self.file, self.out, self.pending, self.began = out / "metrics.jsonl", out, [], time.perf_counter()
-        lines = self.file.read_text().splitlines() if self.file.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        self.file.write_text("".join(line + "\n" for line in kept))
-
-    def add(self, step: int, errors: list, total: torch.Tensor, grad_norm: torch.Tensor) -> None:
-        """errors: for each active band (t, squared error), one number per example; total: the loss itself."""
-        self.pending.append((step, [error.mean() for _, error in errors] + [total.detach(), grad_norm]))
-
-    def write(self, cfg: Config, lr: float) -> dict:
-        """One line for the steps since the last. Raises UserError, with step and band, at a loss that is not finite."""
-        values = iter(torch.stack([v for _, row in self.pending for v in row]).tolist())    # waits for the device
-        rows = [(step, [next(values) for _ in row]) for step, row in self.pending]
-        for step, (*bands, total, grad_norm) in rows:
-            named = [(f"loss of band {i}", v) for i, v in enumerate(bands)] + [("loss", total), ("gradient", grad_norm)]
-            for what, value in named:
-                if not math.isfinite(value):
-                    last = next(iter(checkpoint.steps(self.out)), None)
-                    kept = f"the last good checkpoint is {last}" if last else "no checkpoint was written yet"
-                    raise UserError(f"the {what} is {value} at step {step}: training stopped, {kept}; "
-                                    "a lower --lr or a --clip may help")
-        seconds, self.began = time.perf_counter() - self.began, time.perf_counter()
-        means = []
-        for i in range(cfg.num_scales):                     # a band is absent from steps of a coarser stage
-            column = [row[i] for _, row in rows if i < len(row) - 2]
-            means.append(sum(column) / len(column) if column else None)
-        line = {"step": self.pending[-1][0], "images": self.pending[-1][0] * cfg.batch,
-                "loss": sum(row[-2] for _, row in rows) / len(rows), "loss_bands": means,
-                "grad_norm": sum(row[-1] for _, row in rows) / len(rows), "lr": lr,
-                "images_per_second": len(rows) * cfg.batch / seconds}
-        with open(self.file, "a") as file:
-            file.write(json.dumps(line) + "\n")
-        self.pending = []
-        return line
+def glance(run: runs.Run, dataset) -> None:
+    """In the midst of training: a grid of samples, and scores, each at its interval."""
+    cfg, step = run.cfg, run.step
+    for every, num in ((cfg.sample_every, 16), (cfg.eval_every, cfg.num_samples)):
+        if every and step % every == 0:
+            labels = sample.choose_labels("balanced", num, run.classes)
+            images, report = sample.generate(run, num, labels, progress=False, **sample.solver_settings(cfg))
+            pictures.draw_grid(run.folder / f"samples-{step:08d}.png", images[:100],
+                               None if labels is None else labels[:100], run.classes)
+            if num == cfg.num_samples:
+                with open(run.folder / "scores.jsonl", "a") as file:
+                    file.write(json.dumps({**report, **fid.evaluate(dataset, images, labels, run.decode)}) + "\n")
 
 
-def finish(run: sample.Run, dataset) -> dict:
+def finish(run: runs.Run, dataset) -> dict:
     """Samples, pictures and scores of a trained run."""
     num = run.cfg.num_samples
     labels = sample.choose_labels("balanced", num, run.classes)
@@ -132,7 +135,7 @@ def finish(run: sample.Run, dataset) -> dict:
     sample.draw_trajectory(run.folder / "trajectory.png", run, None if shown is None else shown[-3:])
     print(sample.describe(report))
     try:
-        scores = {**report, **fid.evaluate(dataset, images, labels)}
+        scores = {**report, **fid.evaluate(dataset, images, labels, run.decode)}
         print(fid.table(scores))
     except UserError as problem:                            # a handful of images trains, but cannot be scored
         scores = report
@@ -141,67 +144,100 @@ def finish(run: sample.Run, dataset) -> dict:
     return scores
 
 
-def main(cfg: Config, fresh: bool = False, device: str | None = None, record: str | None = None) -> None:
-    """Trains a run to cfg.steps, from its newest checkpoint if there is one, then samples and scores it."""
-    began, device = time.perf_counter(), sample.best_device(device)
+def main(cfg: Config, fresh=False, device=None, record=None, stop_after: float = math.inf) -> None:
+    """Trains a run to cfg.steps, from its newest checkpoint if there is one, then samples and scores it.
+
+    stop_after: seconds after which it saves and leaves. In each process that torchrun starts, or in a single one.
+    """
+    began, ranks = time.perf_counter(), Ranks.start(device)
+    try:
+        run, dataset, resumed = train(cfg, fresh, ranks, record, began + stop_after)
+    finally:
+        ranks.stop()
+    if not ranks.first or run is None:
+        return
+    pictures.draw_loss(run.folder)
+    scores = finish(run, dataset)
+    if not resumed:
+        scores["seconds_total"] = time.perf_counter() - began
+    if record:
+        fid.record(Path(record), run, scores)
+    print(f"time       {time.perf_counter() - began:.0f} s in all" + (", since it was continued" if resumed else ""))
+    files = sorted(path.name for path in run.folder.iterdir() if path.is_file())
+    print(f"wrote      {', '.join(files)} in {run.folder}")
+    print(f"next       python sample.py --run {run.folder}    python fid.py --run {run.folder}")
+
+
+def train(cfg: Config, fresh: bool, ranks: Ranks, record: str | None, deadline: float):
+    """The loop. Returns the trained run (None when it was stopped early), its data, and whether it was continued."""
+    device = ranks.device
     torch.manual_seed(cfg.seed)
+    torch.set_float32_matmul_precision("high")              # TF32 where a GPU computes in float32
     sample.check_solver(cfg.solver, cfg.solver_steps, "--solver-steps")
     schedule = Schedule(cfg.starts, cfg.path)
     fid.check_record(record)
-    with torch.device("meta"):
-        sample.build_model(cfg, 1, 0)                       # what does not fit is said before a folder is read
+    if cfg.space == "pixel":                                # what does not fit is said before a folder is read
+        plan.meta_model(cfg, 1, 0, cfg.res)
     dataset = data.load(cfg)
     sample.check_guidance(cfg, cfg.cfg_scale, dataset.classes)
-    model = sample.build_model(cfg, dataset.channels, len(dataset.classes)).to(device)
+    dataset.to(device)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+    model = runs.build_model(cfg, dataset.channels, len(dataset.classes), dataset.side).to(device)
+    share = max(1, cfg.batch // ranks.world)
+    rows = ranks.rows(cfg.batch, cfg.micro_batch or plan.fit_micro_batch(model, cfg, share, free, ranks.world))
+    if cfg.stages == "stratified" and rows[0].stop - rows[0].start < cfg.num_scales:
+        raise UserError(f"stratified stages need {cfg.num_scales} images at a time in every process, not "
+                        f"{rows[0].stop - rows[0].start}: fewer processes, a larger --micro-batch, or --stages batch")
     ema = copy.deepcopy(model).requires_grad_(False) if cfg.ema else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2),
                                   weight_decay=cfg.weight_decay, fused=device.type in ("cpu", "cuda"))
+    out = prepare_folder(cfg, fresh and ranks.first)
+    ranks.barrier()
+    facts = data.facts(dataset)
+    step, renew = restore(cfg, out, ranks, facts, model, ema, optimizer)
+    resumed, sync = step > 0, GradientSync(model, ranks)
+    if cfg.compile:                                         # block by block: one graph for each stage, shared by all
+        torch._dynamo.config.recompile_limit = 64
+        for block in model.blocks:
+            block.compile(dynamic=False)
+    if ranks.first:
+        (out / "config.json").write_text(config.show(cfg) + "\n")
+    ranks.say(f"{config.show(cfg)}\n{plan.describe(cfg, facts, ranks.world)}\n"
+              f"batch      {cfg.batch} = {ranks.world} processes x {len(rows)} micro-batches x at most "
+              f"{max(r.stop - r.start for r in rows)} images, on {device}")
 
-    # continue where the newest checkpoint ends: the same command again, no flag
-    out = prepare_folder(cfg, fresh)
-    facts, step, renew = data.facts(dataset), 0, False
-    if state := checkpoint.load_newest(out):
-        check_same(cfg, state["config"], out)
-        if state["data"] != facts:
-            raise UserError(f"the run in {out} was trained on other images or classes than there are now: "
-                            "choose another directory with --out, or start over with --fresh")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        if ema is not None:
-            ema.load_state_dict(state["ema"])
-        step, before = state["step"], state["config"]["steps"]
-        print(f"continuing {out} at step {step} of {cfg.steps} (--fresh starts over)")
-        if cfg.steps != before:
-            print(f"the run was planned for {before} steps: the learning rate now follows the new length")
-        renew = step >= cfg.steps and state["config"] != cfg.to_dict()
-    del state
-    (out / "config.json").write_text(config.show(cfg) + "\n")
-    print(config.show(cfg))
-    print(f"{model.count_parameters():,} parameters, {len(dataset):,} training images, on {device}; "
-          f"{model.mean_flops() / 1e6:,.1f} MFLOPs per forward pass of an image (mean over the stages)")
+    weights, name = (ema, "ema") if ema is not None else (model, "raw")
+    run = runs.Run(cfg, weights, facts, out, step, name)
 
     def save():
-        checkpoint.save(out, {"step": step, "config": cfg.to_dict(), "data": facts,
-                              "model": model.state_dict(), "ema": ema.state_dict() if ema is not None else None,
-                              "optimizer": optimizer.state_dict()})
+        if ranks.first:
+            checkpoint.save(out, {"step": step, "config": cfg.to_dict(), "data": facts, "model": model.state_dict(),
+                                  "ema": ema.state_dict() if ema is not None else None,
+                                  "optimizer": optimizer.state_dict()}, cfg.keep, cfg.keep_every)
 
-    stopped, ending = [], False                             # SIGINT and SIGTERM: end this step, save, leave
-    handlers = {s: signal.signal(s, lambda number, _: stopped.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-    metrics, resumed = Metrics(out, step), step > 0
-    bar = tqdm(total=cfg.steps, initial=step, desc="training", unit="step", mininterval=0.5)
+    stopped, ending = [], False                             # a signal: end this step, save, leave
+    handlers = {s: signal.signal(s, lambda number, _: stopped.append(number)) for s in SIGNALS}
+    metrics = Metrics(cfg, out, step, ranks, model, len(dataset))
+    batches = data.read_ahead(dataset, cfg, step, rows, pin=device.type == "cuda")
+    bar = tqdm(total=cfg.steps, initial=step, desc="training", unit="step", mininterval=0.5, disable=not ranks.first)
     try:
         while step < cfg.steps and not ending:
-            # every random number of this step comes from (seed, step)
-            rng = data.BatchRandom(cfg.seed, step, cfg.batch, device=device)
-            x1, y = dataset.batch(data.order(len(dataset), cfg.seed, step * cfg.batch, cfg.batch), rng.rand(3))
-            x1, y = x1.to(device), None if y is None else y.to(device)
-            if y is not None:                               # one draw per example, shared by all bands
-                y = torch.where(rng.rand() < cfg.label_drop, model.num_classes, y)
-
-            with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bfloat16"):
-                total, errors = loss(model, x1, y, schedule, rng, cfg.noise, cfg.stages, cfg.full_range)
+            waiting = time.perf_counter()
+            micro_batches = next(batches)
+            metrics.waited += time.perf_counter() - waiting
             optimizer.zero_grad(set_to_none=True)
-            total.backward()
+            for part, (raw, y) in zip(rows, micro_batches, strict=True):
+                # every random number of this step comes from (seed, step)
+                rng = data.BatchRandom(cfg.seed, step, cfg.batch, part, device)
+                x1 = dataset.x1(raw.to(device, non_blocking=True), rng)
+                if y is not None:                           # one draw per example, shared by all bands
+                    y = torch.where(rng.rand() < cfg.label_drop, model.num_classes, y.to(device, non_blocking=True))
+                with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bfloat16"):
+                    total, errors = loss(model, x1, y, schedule, rng, cfg.noise, cfg.stages, cfg.full_range)
+                sync.expect(len(errors), last=part is rows[-1])
+                total.backward()
+                metrics.add(errors, total)
+            sync.finish()
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
             lr = learning_rate(cfg, step)
             for group in optimizer.param_groups:
@@ -211,40 +247,53 @@ def main(cfg: Config, fresh: bool = False, device: str | None = None, record: st
                 update_ema(ema, model, cfg.ema, step)
 
             step += 1
-            metrics.add(step, errors, total, grad_norm)
+            metrics.end_step(step, grad_norm)
             bar.update()
-            ending = step == cfg.steps or bool(stopped)
+            ending = ranks.any(bool(stopped) or time.perf_counter() > deadline) or step == cfg.steps
             if step % cfg.log_every == 0 or step % cfg.save_every == 0 or ending:
-                line = metrics.write(cfg, lr)               # raises before a bad state could be saved
+                line = metrics.write(lr)                    # raises before a bad state could be saved
                 bar.set_postfix(loss=f"{line['loss']:.4f}", images_per_s=f"{line['images_per_second']:.0f}")
             if step % cfg.save_every == 0 or ending:
                 save()
+            run.step = step
+            if ranks.first and step < cfg.steps:
+                glance(run, dataset)
     finally:
         bar.close()
+        batches.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if step < cfg.steps:
-        print(f"stopped at step {step}, saved; the same command continues")
-        return
-
-    pictures.draw_loss(out)
-    weights, name = (ema, "ema") if ema is not None else (model, "raw")
-    run = sample.Run(cfg, weights.eval(), dataset.classes, out, step, name)
+        ranks.say(f"stopped at step {step}, saved; the same command continues")
+        return None, dataset, resumed
     if renew:                                               # other sampling settings: sample.py reads them there
         save()
-    scores = finish(run, dataset)
-    if not resumed:
-        scores["seconds_total"] = time.perf_counter() - began
-    if record:
-        fid.record(Path(record), run, scores)
-    print(f"time       {time.perf_counter() - began:.0f} s in all" + (", since it was continued" if resumed else ""))
-    print(f"wrote      {', '.join(sorted(path.name for path in out.iterdir() if path.is_file()))} in {out}")
-    print(f"next       python sample.py --run {out}    python fid.py --run {out}")
+    weights.eval().requires_grad_(False)
+    return run, dataset, resumed
+
+
+def seconds(text: str) -> float:
+    """"90s", "50m", "23.5h" or plain seconds; "" is for ever. Raises UserError for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
+    if text and not found:
+        raise UserError(f"--stop-after takes a time like 90s, 50m or 23.5h, not {text!r}")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]] if text else math.inf
+
+
+def dry_run(cfg: Config) -> None:
+    """Prints the configuration and its cost; reads the data only where that is quick."""
+    facts = data.facts(data.load(cfg)) if cfg.dataset in ("digits", "photos") or (
+        cfg.space == "latent" and Path(cfg.latents, "header.json").exists()) else None
+    print(f"{config.show(cfg)}\n{plan.describe(cfg, facts)}")
 
 
 if __name__ == "__main__":
     try:
-        extra = {name: ARGUMENTS.pop(name) for name in ("fresh", "device", "record")}
-        main(config.resolve(ARGUMENTS), **extra)
+        extra = {name: ARGUMENTS.pop(name) for name in ("fresh", "device", "record", "stop_after", "dry_run")}
+        extra["stop_after"] = seconds(extra["stop_after"])
+        if extra.pop("dry_run"):
+            dry_run(config.resolve(ARGUMENTS))
+        else:
+            main(config.resolve(ARGUMENTS), **extra)
     except UserError as problem:
-        sys.exit(f"error: {problem}")
+        sys.exit(f"error{' in process ' + os.environ['RANK'] if 'RANK' in os.environ else ''}: {problem}")

@@ -4,6 +4,7 @@ import torch
 from PIL import Image
 
 import data
+import sources
 from config import Config, UserError
 from data import BatchRandom, ImageRandom, order
 
@@ -17,18 +18,24 @@ def save(path, size=(20, 30), colour=(255, 0, 0), mode="RGB", **options):
     Image.new(mode, size, colour).save(path, **options)
 
 
+def read(dataset, index, u):
+    """x1 and y of examples, mirrored where u (B, 3) says so."""
+    raw, y = dataset.read(np.asarray(index), np.asarray(u))
+    return dataset.x1(raw), y
+
+
 def test_digits_are_the_bundled_ones():
     digits = data.load(Config())
     assert digits.pixels.shape == (1797, 1, 8, 8) and digits.pixels.max() == 255 and len(digits.classes) == 10
-    x, y = digits.batch(np.array([0, 5]), torch.zeros(2, 3))
+    x, y = read(digits, [0, 5], np.zeros((2, 3)))
     assert x.shape == (2, 1, 8, 8) and x.min() == -1 and x.max() == 1 and y.tolist() == [0, 5]
     assert np.array_equal(data.to_uint8(x).numpy(), digits.pixels[[0, 5]])      # never mirrored, and exact
 
 
 def test_photos_are_random_mirrored_crops_with_the_photo_as_class():
     photos = data.load(config(dataset="photos"))
-    u = torch.tensor([[0.9, 0.0, 0.0], [0.1, 0.0, 0.0], [0.9, 0.999, 0.999]])
-    x, y = photos.batch(np.array([0, 0, 1]), u)
+    u = [[0.9, 0.0, 0.0], [0.1, 0.0, 0.0], [0.9, 0.999, 0.999]]
+    x, y = read(photos, [0, 0, 1], u)
     assert x.shape == (3, 3, 16, 16) and y.tolist() == [0, 0, 1]
     assert torch.equal(x[1], x[0].flip(-1))
     corner = torch.from_numpy(photos.photos[0][:, :16, :16].copy()).float() / 127.5 - 1
@@ -44,8 +51,8 @@ def test_a_flat_folder_is_unconditional(tmp_path):
     (tmp_path / "notes.txt").write_text("not an image")
     images = data.load(config(data=str(tmp_path)))
     assert len(images) == 3 and images.classes == []
-    assert images.batch(np.arange(3), torch.ones(3, 3))[1] is None
-    assert [f.name for f in data.list_images(tmp_path)[0]] == ["a.PNG", "b9.jpg", "b10.png"]
+    assert read(images, np.arange(3), np.ones((3, 3)))[1] is None
+    assert sources.open_source("folder", str(tmp_path)).names == ["a.PNG", "b9.jpg", "b10.png"]
 
 
 def test_subfolders_are_classes_in_natural_order(tmp_path):
@@ -54,7 +61,7 @@ def test_subfolders_are_classes_in_natural_order(tmp_path):
     (tmp_path / "empty").mkdir()
     images = data.load(config(data=str(tmp_path)))
     assert images.classes == ["1", "9", "10"] and images.labels.tolist() == [0, 1, 2]
-    x, y = images.batch(np.arange(3), torch.ones(3, 3))
+    x, y = read(images, np.arange(3), np.ones((3, 3)))
     assert x[:, :, 0, 0].argmax(dim=1).tolist() == [0, 1, 2] and y.tolist() == [0, 1, 2]
 
 
@@ -63,16 +70,16 @@ def test_images_are_mirrored_half_of_the_time(tmp_path):
     picture[:, :8] = 255
     Image.fromarray(picture).save(tmp_path / "x.png")
     images = data.load(config(data=str(tmp_path)))
-    x, _ = images.batch(np.zeros(2, int), torch.tensor([[0.4, 0, 0], [0.6, 0, 0]]))
+    x, _ = read(images, [0, 0], [[0.4, 0, 0], [0.6, 0, 0]])
     assert torch.equal(x[0], x[1].flip(-1)) and x[1, 0, 0, 0] == 1
-    fixed = data.load(config(data=str(tmp_path), flip=False)).batch(np.zeros(1, int), torch.zeros(1, 3))[0]
+    fixed = read(data.load(config(data=str(tmp_path), flip=False)), [0], np.zeros((1, 3)))[0]
     assert fixed[0, 0, 0, 0] == 1
 
 
 @pytest.mark.parametrize("size", [(64, 40), (40, 64), (16, 16), (9, 30), (33, 1000), (1, 1)])
 def test_any_image_becomes_a_square(tmp_path, size):
     save(tmp_path / "x.png", size=size)
-    assert data.read_image(tmp_path / "x.png", 16).shape == (3, 16, 16)
+    assert sources.read_image(tmp_path / "x.png", 16).shape == (3, 16, 16)
 
 
 def test_the_crop_is_the_centre_of_the_shrunk_image(tmp_path):
@@ -80,7 +87,7 @@ def test_the_crop_is_the_centre_of_the_shrunk_image(tmp_path):
     picture = np.zeros((32, 64, 3), np.uint8)
     picture[:, 40:] = 255
     Image.fromarray(picture).save(tmp_path / "x.png")
-    row = data.read_image(tmp_path / "x.png", 16)[0, 8]
+    row = sources.read_image(tmp_path / "x.png", 16)[0, 8]
     assert row[:11].max() < 40 and row[13:].min() > 215                         # the edge is at (40 - 16) / 2 = 12
 
 
@@ -97,16 +104,16 @@ def test_kinds_of_images(tmp_path):
     Image.fromarray(np.full((16, 16), 32768, np.uint16)).save(tmp_path / "deep.png")
     for name, value in (("grey.png", 100), ("alpha.png", 255), ("palette.png", None), ("cmyk.jpg", 255),
                         ("deep.png", 127)):
-        pixels = data.read_image(tmp_path / name, 16)
+        pixels = sources.read_image(tmp_path / name, 16)
         assert pixels.shape == (3, 16, 16) and (value is None or abs(int(pixels[0, 8, 8]) - value) <= 1), name
-    turned = data.read_image(tmp_path / "turned.png", 16)
+    turned = sources.read_image(tmp_path / "turned.png", 16)
     assert turned[0, :, -1].min() == 255 and turned[0, :, 0].max() == 0         # its top is now on the right
 
 
 def test_bad_folders_and_files_are_named(tmp_path):
     with pytest.raises(UserError, match="no image folder.*missing.*--data"):
         data.load(config(data=str(tmp_path / "missing")))
-    with pytest.raises(UserError, match="needs the image folder"):
+    with pytest.raises(UserError, match="needs its images: add --data"):
         data.load(config())
     with pytest.raises(UserError, match="no images in"):
         data.load(config(data=str(tmp_path)))
@@ -128,12 +135,12 @@ def test_bad_folders_and_files_are_named(tmp_path):
 def test_class_names_of_any_script_are_sorted(tmp_path):
     for name in ("5²", "①", "07", "7", "é"):
         save(tmp_path / name / "x.png")
-    assert data.list_images(tmp_path)[2][:3] == ["5²", "07", "7"]
+    assert sources.open_source("folder", str(tmp_path)).classes[:3] == ["5²", "07", "7"]
 
 
 def test_unknown_dataset_and_wrong_resolution():
     with pytest.raises(UserError, match="unknown dataset 'cats'"):
-        data.load(Config(dataset="cats"))
+        Config(dataset="cats")
     with pytest.raises(UserError, match="add --dataset folder"):
         data.load(Config(data="pictures"))
     with pytest.raises(UserError, match="8 x 8"):

@@ -4,7 +4,7 @@ import torch
 
 import fid
 from config import UserError
-from data import digits
+from data import digits, to_images
 from fid import frechet_distance, precision, recall, sliced_wasserstein
 
 rng = np.random.default_rng(0)
@@ -119,6 +119,7 @@ def test_scores_that_mean_nothing_are_left_out():
 def test_scores_tell_real_digits_from_wrong_ones():
     dataset = digits()
     images, labels = dataset.reference(1797)
+    images = to_images(images)
     half = np.arange(1797) % 2 == 0
     good = fid.score(images[half], labels[half], images[~half], labels[~half])
     assert good["frechet_pixel"] == pytest.approx(0.06, abs=0.03)               # the two halves of the real data
@@ -137,16 +138,18 @@ def test_scores_tell_real_digits_from_wrong_ones():
 def test_real_images_are_scored_beside_the_generated_ones():
     dataset = digits()
     images, labels = dataset.reference(500, seed=4)
-    scores = fid.evaluate(dataset, images, labels)
+    images = to_images(images)
+    scores = fid.evaluate(dataset, images, labels, to_images)
     assert scores["n"] == scores["real"]["n"] == 500 and scores["real"]["n_reference"] == 1297
     assert scores["novelty"] == 0 and scores["real"]["novelty"] == pytest.approx(1, abs=0.1)
     assert scores["real"]["label_agreement"] > 0.97
     sevens = labels == 7
-    assert fid.evaluate(dataset, images[sevens], labels[sevens])["n_reference"] == (dataset.labels == 7).sum()
+    assert fid.evaluate(dataset, images[sevens], labels[sevens], to_images)["n_reference"] == (dataset.labels == 7).sum()
 
 
 def test_scores_do_not_depend_on_the_order():
     images, labels = digits().reference(400)
+    images = to_images(images)
     shuffle = np.random.default_rng(1).permutation(200)
     one = fid.score(images[:200], labels[:200], images[200:], labels[200:])
     two = fid.score(images[:200], labels[:200], images[200:][shuffle], labels[200:][shuffle])

@@ -226,7 +226,7 @@ def test_guidance_does_not_double_the_batch_for_nothing():
 
 def run_of(model, tmp_path, classes=("a", "b", "c", "d", "e"), **settings):
     cfg = Config(res=16, num_scales=3, **settings)
-    return Run(cfg, model, list(classes), tmp_path, 7, "ema")
+    return Run(cfg, model, {"classes": list(classes)}, tmp_path, 7, "ema")
 
 
 @pytest.mark.parametrize("noise", ["pyramid", "independent"])

@@ -153,6 +153,27 @@ def test_stratified_stages_cover_every_row_once_whatever_the_share_of_this_proce
         assert torch.equal(torch.cat([t for _, t, _ in parts]), whole.calls[stage][1])
 
 
+@pytest.mark.parametrize("stages, count", [("stratified", 10), ("stratified", 12), ("batch", 10)])
+def test_the_losses_of_shares_add_up_to_that_of_the_batch(stages, count):
+    """Also where the number of stages does not divide the batch or the shares."""
+    model, schedule = random_model(in_channels=1, resolution=8, num_classes=0), Schedule(STARTS)
+    x1 = torch.randn(count, 1, 8, 8)
+    whole = loss(model, x1, None, schedule, BatchRandom(0, 5, count), stages=stages)[0]
+    for parts in ((slice(0, 5), slice(5, count)), (slice(0, 3), slice(3, 6), slice(6, count))):
+        shares = [loss(model, x1[p], None, schedule, BatchRandom(0, 5, count, p), stages=stages)[0] for p in parts]
+        assert sum(shares).item() == pytest.approx(whole.item(), rel=1e-5)
+
+
+def test_stratified_stages_have_equal_weight_whatever_their_share():
+    """10 rows for 3 stages: the loss is the mean over the stages of the mean over their rows."""
+    x1 = torch.randn(10, 1, 8, 8)
+    total, errors = loss(Recorder(), x1, None, Schedule(STARTS), BatchRandom(0, 5, 10), stages="stratified")
+    sizes, expected = [4, 3, 3], 0.0
+    for i, (_, error) in enumerate(errors):
+        expected += sum(part.mean().item() for part in error.split(sizes[i:])) / 3
+    assert total.item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_stratified_and_batch_stages_have_the_same_expected_gradient():
     """For fixed weights: the means over many steps agree, and the gradient of a stratified step scatters less."""
     model, schedule = random_model(in_channels=1, resolution=8, num_classes=0), Schedule(STARTS)
@@ -162,7 +183,8 @@ def test_stratified_and_batch_stages_have_the_same_expected_gradient():
         rows = []
         for step in range(count):
             model.zero_grad()
-            loss(model, x1, None, schedule, BatchRandom(1, step, 48), stages=stages)[0].backward()
+            shuffled = x1[torch.randperm(48, generator=torch.Generator().manual_seed(step))]
+            loss(model, shuffled, None, schedule, BatchRandom(1, step, 48), stages=stages)[0].backward()
             rows.append(torch.cat([(torch.zeros_like(w) if w.grad is None else w.grad).flatten() for w in weights]))
         return torch.stack(rows)
 

@@ -12,6 +12,7 @@ import torch
 
 import checkpoint
 import config
+import runs
 import sample
 import train
 from config import Config, UserError
@@ -56,7 +57,7 @@ def test_twenty_steps_are_ten_and_a_restart_and_ten(tmp_path, monkeypatch, capsy
         assert same(one, two)
     losses = [[json.loads(line)["loss_bands"] for line in open(cfg.out + "/metrics.jsonl")] for cfg in (whole, parts)]
     assert losses[0] == losses[1] and len(losses[0]) == 4
-    images = [sample.generate(sample.load_run(cfg.out, device="cpu"), 4, np.arange(4), progress=False, solver="euler",
+    images = [sample.generate(runs.load_run(cfg.out, device="cpu"), 4, np.arange(4), progress=False, solver="euler",
                               steps=4)[0] for cfg in (whole, parts)]
     assert np.array_equal(*images)
 
@@ -109,7 +110,7 @@ def test_thirty_steps_end_to_end(tmp_path, capsys):
 def test_every_option_trains_and_samples(tmp_path, settings):
     cfg = tiny(tmp_path, steps=3, log_every=1, **settings)
     train.main(cfg, device="cpu")
-    run = sample.load_run(cfg.out, device="cpu")
+    run = runs.load_run(cfg.out, device="cpu")
     assert run.weights == ("ema" if cfg.ema else "raw") and run.step == 3
 
 
@@ -158,7 +159,7 @@ def test_ema_is_updated_once_for_each_step_and_sampled_by_default(tmp_path, monk
     saved = state(cfg)
     assert not same(saved["model"], saved["ema"])
     for raw, key in ((False, "ema"), (True, "model")):
-        assert same(dict(sample.load_run(cfg.out, raw=raw, device="cpu").model.state_dict()), saved[key])
+        assert same(dict(runs.load_run(cfg.out, raw=raw, device="cpu").model.state_dict()), saved[key])
 
 
 def test_labels_are_dropped_per_example_at_the_stated_rate(tmp_path, monkeypatch):
@@ -266,9 +267,9 @@ def test_newest_run_is_the_one_saved_last(tmp_path):
 
 def test_missing_runs_are_named(tmp_path):
     with pytest.raises(UserError, match="no run directory"):
-        sample.load_run(str(tmp_path / "missing"))
+        runs.load_run(str(tmp_path / "missing"))
     with pytest.raises(UserError, match="holds no checkpoint"):
-        sample.load_run(str(tmp_path))
+        runs.load_run(str(tmp_path))
 
 
 def test_an_unwritable_run_directory_is_said_before_training(tmp_path):
@@ -317,14 +318,6 @@ def test_a_preset_yields_to_the_user(tmp_path):
     assert Config.from_dict(json.loads(config.show(photos))) == photos
 
 
-@pytest.mark.parametrize("name", config.PRESETS)
-def test_every_preset_builds(name):
-    cfg = config.resolve({"dataset": name})
-    with torch.device("meta"):
-        model = sample.build_model(cfg, 1 if name == "digits" else 3, 10)
-    assert model.num_scales == cfg.num_scales
-
-
 def test_data_is_loaded_before_anything_is_written(tmp_path):
     cfg = tiny(tmp_path, dataset="folder", data=str(tmp_path / "none"))
     with pytest.raises(UserError):
@@ -335,7 +328,7 @@ def test_data_is_loaded_before_anything_is_written(tmp_path):
 def test_other_sampling_settings_of_a_finished_run_reach_its_checkpoint(tmp_path):
     train.main(tiny(tmp_path, steps=5), device="cpu")
     train.main(tiny(tmp_path, steps=5, solver="heun", solver_steps=6), device="cpu")
-    assert sample.load_run(str(tmp_path / "run"), device="cpu").cfg.solver == "heun"
+    assert runs.load_run(str(tmp_path / "run"), device="cpu").cfg.solver == "heun"
 
 
 def test_guidance_that_cannot_work_is_said_before_training(tmp_path):

@@ -1,0 +1,147 @@
+"""What a training run says of itself: metrics.jsonl, the terminal, and TensorBoard or Weights & Biases when asked.
+
+One line of metrics.jsonl for every --log-every steps:
+
+    step, images, epoch             where the run is
+    loss, loss_bands                mean squared error of each band, null when no step used it; loss: their sum
+    loss_bins                       for each band, by time: ten bins of [0, 1], null where nothing was drawn
+    grad_norm, lr                   before clipping; of the last step
+    images_per_second               over all processes; images_per_second_per_gpu; data_wait: share of the time spent
+                                    waiting for data
+    mfu                             share of the GPUs' peak, null when that is unknown
+    memory_gb                       peak of the first process's GPU, null on a CPU
+    seconds_left                    at this speed
+"""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import plan
+from config import Config, UserError
+from ranks import Ranks
+
+BINS = 10
+
+
+class Metrics:
+    """Adds up on the device; waits for it, and for the other processes, only when a line is written."""
+
+    def __init__(self, cfg: Config, out: Path, step: int, ranks: Ranks, model, epoch: int):
+        """Lines of steps after `step`, left by a run that was killed after its last checkpoint, are dropped."""
+        self.cfg, self.out, self.ranks, self.model, self.epoch = cfg, out, ranks, model, epoch
+        self.file, self.logger = out / "metrics.jsonl", None
+        if ranks.first:
+            lines = self.file.read_text().splitlines() if self.file.exists() else []
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+            self.file.write_text("".join(line + "\n" for line in kept))
+            self.logger = open_logger(cfg, out)
+        self.clear()
+
+    def clear(self) -> None:
+        self.rows, self.norms, self.steps = [], [], []
+        self.bins = torch.zeros(2, self.cfg.num_scales, BINS, device=self.ranks.device)     # sum of errors, count
+        self.flops, self.waited, self.began = 0.0, 0.0, time.perf_counter()
+
+    def add(self, errors: list, total: torch.Tensor) -> None:
+        """One micro-batch; errors: for each active band (t, squared error), one number per example; total: its loss."""
+        row = torch.zeros(2 * self.cfg.num_scales + 1, device=self.ranks.device)    # sum and count by band, loss
+        for i, (t, error) in enumerate(errors):
+            row[2 * i], row[2 * i + 1] = error.sum(), float(len(error))
+            place = (t * BINS).long().clamp(max=BINS - 1)
+            self.bins[0, i].index_add_(0, place, error.float())
+            self.bins[1, i].index_add_(0, place, torch.ones_like(place, dtype=torch.float32))
+        row[-1] = total.detach()
+        if self.cfg.stages == "batch":
+            self.flops += 3 * len(errors[0][0]) * self.model.flops(len(errors) - 1)  # backward is two forwards
+        else:
+            self.flops += 3 * len(errors[0][0]) * self.model.mean_flops()
+        self.rows.append(row)
+
+    def end_step(self, step: int, grad_norm: torch.Tensor) -> None:
+        self.steps.append((step, len(self.rows)))
+        self.norms.append(grad_norm)
+
+    def write(self, lr: float) -> dict:
+        """One line for the steps since the last. Raises UserError, with step and band, at a loss that is not finite."""
+        rows = self.ranks.sum(torch.stack(self.rows)).double().cpu()                # waits for device and processes
+        bins, norms = self.ranks.sum(self.bins).cpu(), torch.stack(self.norms).tolist()
+        seconds, cfg, first, losses = time.perf_counter() - self.began, self.cfg, 0, []
+        for (step, end), norm in zip(self.steps, norms, strict=True):
+            row, first = rows[first:end].sum(dim=0).tolist(), end
+            losses.append(row[-1])
+            named = [(f"loss of band {i}", row[2 * i]) for i in range(cfg.num_scales)]
+            for what, value in [*named, ("loss", row[-1]), ("gradient", norm)]:
+                if not math.isfinite(value):
+                    last = next(iter(checkpoint.steps(self.out)), None)
+                    kept = f"the last good checkpoint is {last}" if last else "no checkpoint was written yet"
+                    raise UserError(f"the {what} is {value} at step {step}: training stopped, {kept}; "
+                                    "a lower --lr or a --clip may help")
+        sums, step, images = rows.sum(dim=0).tolist(), self.steps[-1][0], len(self.steps) * cfg.batch
+        peak, cuda = plan.peak_flops(self.ranks.device), self.ranks.device.type == "cuda"
+        line = {
+            "step": step, "images": step * cfg.batch, "epoch": step * cfg.batch / self.epoch,
+            "loss": sum(losses) / len(losses),
+            "loss_bands": [ratio(sums[2 * i], sums[2 * i + 1]) for i in range(cfg.num_scales)],
+            "loss_bins": [[ratio(s, n) for s, n in zip(*band, strict=True)] for band in bins.transpose(0, 1).tolist()],
+            "grad_norm": sum(norms) / len(norms), "lr": lr,
+            "images_per_second": images / seconds, "images_per_second_per_gpu": images / seconds / self.ranks.world,
+            "data_wait": self.waited / seconds, "mfu": self.flops / seconds / peak if peak else None,
+            "memory_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else None,
+            "seconds_left": (cfg.steps - step) * seconds / len(self.steps)}
+        if self.ranks.first:
+            with open(self.file, "a") as file:
+                file.write(json.dumps(line) + "\n")
+            if self.logger:
+                self.logger(line)
+        self.clear()
+        return line
+
+
+def ratio(total: float, count: float) -> float | None:
+    return total / count if count else None
+
+
+def open_logger(cfg: Config, out: Path):
+    """A function that takes a line of metrics, or None. Raises UserError when the package is missing; never asks."""
+    if not cfg.log:
+        return None
+    try:
+        if cfg.log == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+        else:
+            import wandb
+    except ImportError:
+        raise UserError(f"--log {cfg.log} needs its package: pip install {cfg.log}; metrics.jsonl is written "
+                        "without it") from None
+    if cfg.log == "tensorboard":
+        writer = SummaryWriter(out / "tensorboard")
+
+        def write(line):
+            for name, value in flat(line).items():
+                writer.add_scalar(name, value, line["step"])
+            writer.flush()
+    else:
+        key = os.environ.get("WANDB_API_KEY") or (Path.home() / ".netrc").exists()
+        mode = os.environ.get("WANDB_MODE") or ("online" if key else "offline")     # without a key it would ask for one
+        run = wandb.init(project="lapflow", name=out.name, dir=out, config=cfg.to_dict(), mode=mode, resume="allow")
+
+        def write(line):
+            run.log(flat(line), step=line["step"])
+    return write
+
+
+def flat(line: dict, above: str = "") -> dict:
+    """Numbers only, with the places of lists in their names: loss_bins/1/7."""
+    result = {}
+    for name, value in line.items():
+        if isinstance(value, list):
+            result.update(flat(dict(enumerate(value)), f"{above}{name}/"))
+        elif value is not None:
+            result[f"{above}{name}"] = value
+    return result

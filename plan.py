@@ -1,0 +1,146 @@
+"""What a run will cost, before it starts: parameters, tokens, FLOPs, memory and days.
+
+    python plan.py                                      every preset, with the paper's numbers beside ours
+    python train.py --dataset celebahq --res 1024 --dry-run
+
+Parameters, tokens and FLOPs are exact (closed form, compared with the real model in the tests). Memory is an estimate:
+weights, gradients and optimizer exactly, activations from a count of what autograd keeps in eager mode. Days assume a
+stated share of the GPU's peak; nothing here was timed on a GPU.
+"""
+
+import dataclasses
+
+import torch
+
+from config import CELEBAHQ, IMAGENET, PRESETS, Config, find_row
+from runs import build_model
+
+VAE_PARAMETERS = 83_653_863                                 # the autoencoder of Stable Diffusion; EQ-VAE is the same
+LATENT = {"channels": 4, "factor": 8}                       # of both
+KNOWN = {"celebahq": (CELEBAHQ, 0), "imagenet": (IMAGENET, 1000)}                   # images, classes
+
+# Dense bfloat16 peak, FLOP/s, by a part of the device's name; the first that fits counts.
+PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12,
+        "4090": 165e12, "3090": 71e12}
+ASSUMED_MFU = 0.4
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Peak of a GPU in FLOP/s, None when it is unknown."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK.items() if part in name), None)
+
+
+def activation_bytes(model, stage: int, precision: str) -> int:
+    """What autograd keeps for one image of a stage, in eager mode; a test compares it with what it does keep.
+
+    For each token and block: two float32 LayerNorms, in and out, and 19 D numbers in the compute precision: their
+    modulated results, Q, K, V (K and V twice: the bands' are joined), the attention and its projection, and the
+    feed-forward network's 4 D before and after the activation and its output.
+    """
+    d, tokens = model.hidden_size, sum(model.num_tokens[: stage + 1]) + model.num_cond
+    block = 4 * 4 * d + 19 * d * (2 if precision == "bfloat16" else 4)
+    if model.recompute:
+        return tokens * (4 * d * model.depth + block)
+    return tokens * block * model.depth
+
+
+def memory_bytes(model, cfg: Config, micro_batch: int, world: int = 1) -> int:
+    """Peak on one GPU: weights, gradients (twice while they are summed), Adam's two moments, EMA, and activations."""
+    state = 4 * model.count_parameters() * (4 + (cfg.ema > 0) + (world > 1) + 0.5 * (cfg.precision == "bfloat16"))
+    per_image = [activation_bytes(model, stage, cfg.precision) for stage in range(model.num_scales)]
+    return int(state + micro_batch * (max(per_image) if cfg.stages == "batch" else sum(per_image) / len(per_image)))
+
+
+def fit_micro_batch(model, cfg: Config, share: int, free: int, world: int = 1) -> int:
+    """The most images of a process's share that fit into `free` bytes, in equal parts; 1 at least."""
+    for parts in range(1, share + 1):
+        micro = -(-share // parts)
+        if memory_bytes(model, cfg, micro, world) < 0.9 * free:
+            return micro
+    return 1
+
+
+def meta_model(cfg: Config, channels: int, num_classes: int, side: int):
+    with torch.device("meta"):
+        return build_model(cfg, channels, num_classes, side)
+
+
+def shapes(cfg: Config) -> tuple[int, int, int, int]:
+    """channels, classes, side and number of images of a configuration of the paper, whose data are not at hand."""
+    count, classes = KNOWN.get(cfg.dataset, (0, 0))
+    latent = cfg.space == "latent"
+    return (LATENT["channels"] if latent else 3, classes, cfg.res // LATENT["factor"] if latent else cfg.res, count)
+
+
+def describe(cfg: Config, facts: dict | None = None, world: int = 1) -> str:
+    """The lines of --dry-run. facts: those of the data when they are at hand (data.facts)."""
+    channels, classes, side, count = shapes(cfg)
+    if facts:
+        channels, classes, side, count = facts["channels"], len(facts["classes"]), facts["side"], facts["count"]
+    model = meta_model(cfg, channels, classes, side)
+    other = dataclasses.replace(cfg, experts="qkv" if cfg.experts == "full" else "full")
+    row = find_row(cfg)
+    paper = PRESETS[row].paper if row else {}
+    vae = VAE_PARAMETERS if cfg.space == "latent" else 0
+    millions, of_other = (m.count_parameters() / 1e6 for m in (model, meta_model(other, channels, classes, side)))
+    tokens = [sum(model.num_tokens[: s + 1]) for s in range(model.num_scales)]
+    gflops = [model.flops(s) / 1e9 for s in range(model.num_scales)]
+    images = cfg.batch * cfg.steps
+    total = 3 * model.mean_flops() * images                 # backward is two forwards
+    processes = sorted({world, 8}) if cfg.batch % 8 == 0 else [world]
+    memory = [f"{memory_bytes(model, cfg, -(-cfg.batch // n), n) / 1e9:.1f} GB on {n}" for n in processes]
+    days = [f"{total / (8 * PEAK[name] * ASSUMED_MFU) / 86400:.2g} on 8 {name}" for name in ("H200", "A100", "4090")]
+
+    def reported(key: str, text: str) -> str:
+        return f"; the paper: {text.format(paper[key])}" if key in paper else ""
+
+    return "\n".join([
+        f"row        {row or 'none of the paper'}" + (f"; the paper reports {said(paper)}" if paper else ""),
+        f"input      {channels} x {side} x {side}, {model.num_scales} bands, {classes} classes",
+        f"parameters {millions:.1f} M" + (f", {millions + vae / 1e6:.1f} M with the VAE" if vae else "")
+        + f"; {of_other + vae / 1e6:.1f} M with --experts {other.experts}"
+        + reported("parameters", "{} M with the VAE"),
+        f"tokens     {', '.join(map(str, tokens))} by stage, from patches of {model.patch_size}",
+        f"GFLOPs     {', '.join(f'{g:.4g}' for g in gflops)} by stage, for one forward pass of one image; "
+        f"mean {model.mean_flops() / 1e9:.4g}",
+        f"training   {cfg.steps:,} steps of {cfg.batch} images"
+        + (f" = {images / count:,.1f} epochs of {count:,}" if count else "") + f"; {total:.2e} FLOPs",
+        f"memory     {', '.join(memory)} GPUs without micro-batches (estimated)" + reported("memory", "{} GB on 8"),
+        f"days       {', '.join(days)} at {ASSUMED_MFU:.0%} of the peak (assumed)" + reported("days", "{} on 8 H200")])
+
+
+def said(paper: dict) -> str:
+    """The paper's numbers in words."""
+    names = {"fid": "FID-50k {}", "recall": "recall {}", "nfe": "{} NFE", "seconds": "{} s per image"}
+    return ", ".join(text.format(paper[name]) for name, text in names.items() if name in paper)
+
+
+def table() -> str:
+    """Every preset of the paper as a Markdown table: our closed forms and the paper's numbers."""
+    lines = ["| preset | parameters, M (paper) | tokens by stage | GFLOPs forward, mean | steps x batch | "
+             "paper: FID-50k | NFE | s / image | days on 8 H200 | ours |", "|---|---|---|---|---|---|---|---|---|---|"]
+    for name, preset in PRESETS.items():
+        if not preset.paper:
+            continue
+        cfg = Config(**preset.settings)
+        model, paper = meta_model(cfg, *shapes(cfg)[:3]), preset.paper
+        vae = VAE_PARAMETERS if cfg.space == "latent" else 0
+        tokens = ", ".join(str(sum(model.num_tokens[: s + 1])) for s in range(model.num_scales))
+        cells = [f"`{name}`", f"{(model.count_parameters() + vae) / 1e6:.0f} ({paper.get('parameters', '')})"
+                 .replace(" ()", ""), tokens, f"{model.mean_flops() / 1e9:.1f}", f"{cfg.steps:,} x {cfg.batch}",
+                 *(str(paper.get(key, "")) for key in ("fid", "nfe", "seconds", "days")), "not measured"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    print(table())
+    print("\nParameters with the 83.7 M of the VAE; GFLOPs (two FLOPs per multiply-add) of one forward pass, "
+          "mean over the stages.\nstart one with: python train.py --preset NAME   (--dry-run: its cost)")
+
+
+if __name__ == "__main__":
+    main()

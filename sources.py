@@ -1,0 +1,272 @@
+"""Where images come from: a folder, a zip archive, parquet files, an LMDB, or a data set on the Hugging Face hub.
+
+`open_source` lists the images with their labels and reads none; `Source.image(i, R)` decodes one. Every image of the
+project passes through `crop`, so training, encoding and scoring see the same pixels.
+
+    DIR/*.jpg                     no classes
+    DIR/cat/*.png  DIR/dog/...    one class for each subfolder, in natural order (9 before 10), at any depth below
+    DIR/train/...  DIR/val/...    one of the splits
+    FILE.zip                      as a folder; FILE.parquet or a folder of such: an image column, perhaps a label column
+    DIR/data.mdb                  LMDB with keys 0, 1, ...: encoded images, or raw bytes as NVAE and LFM write them
+    hf:OWNER/NAME@REVISION        parquet or image-folder data sets; needs the extra: pip install -e '.[data]'
+"""
+
+import hashlib
+import io
+import math
+import os
+import re
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from config import UserError
+
+EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+SPLITS = {"train", "training", "val", "valid", "validation", "test"}
+
+WHERE = {  # said when nothing is found; what is known was last looked up in November 2026
+    "celebahq": """CelebA-HQ is not ours to host (non-commercial research licence of CelebA). Known sources:
+  30,000 JPEG of 1024 px, zip      https://github.com/switchablenorms/CelebAMask-HQ   (folder CelebA-HQ-img)
+  rebuilt PNG of 1024 px           https://github.com/tkarras/progressive_growing_of_gans
+  256 px LMDB of NVAE and LFM      https://github.com/NVlabs/NVAE   (27,000 for training)
+  parquet on the hub               --data hf:OWNER/NAME@REVISION, for example jxie/celeba-hq""",
+    "imagenet": """ImageNet needs an account and its terms accepted (non-commercial research):
+  https://image-net.org/download   or   https://www.kaggle.com/c/imagenet-object-localization-challenge/data
+Give the folder that holds train/n01440764 and the other 999, the zip of Kaggle, or a parquet copy of it""",
+}
+
+
+@dataclass
+class Source:
+    """Images that can be read one at a time: names, labels (one per image), names of the classes (none: no labels)."""
+
+    where: str
+    names: list[str]
+    labels: list[int]
+    classes: list[str]
+    fingerprint: str                                        # of the names and sizes
+    open: Callable[[int], object]                           # i -> what PIL can open, or an array (H, W, 3)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def image(self, i: int, resolution: int) -> np.ndarray:
+        """Image i as uint8 (3, R, R). Raises UserError naming the file when it cannot be read."""
+        try:
+            opened = self.open(i)
+        except (OSError, KeyError, ValueError, zipfile.BadZipFile, RuntimeError) as problem:
+            raise UserError(f"cannot read {self.names[i]!r} of {self.where}: {problem}") from None
+        return read_image(opened, resolution, self.names[i])
+
+
+def natural(name: str) -> list:
+    """Sort key in which "9" comes before "10"."""
+    return [(0, int(part), "") if part.isascii() and part.isdecimal() else (1, 0, part)
+            for part in re.split(r"([0-9]+)", str(name)) if part] + [(2, 0, str(name))]
+
+
+def open_source(dataset: str, where: str, split: str = "train") -> Source:
+    """Lists the images of `where`. Raises UserError when nothing is found, with what to do about it."""
+    if not where:
+        raise UserError(f"--dataset {dataset} needs its images: add --data DIR\n{WHERE.get(dataset, '')}".rstrip())
+    path = Path(where)
+    if where.startswith("hf:") or path.suffix == ".parquet" or (path.is_dir() and any(path.glob("**/*.parquet"))):
+        source = _parquet(where, split)
+    elif path.suffix == ".zip" and path.is_file():
+        source = _zip(path, split)
+    elif (path / "data.mdb").is_file() or (path.suffix == ".mdb" and path.is_file()):
+        source = _lmdb(path)
+    elif path.is_dir():
+        source = _folder(path, split)
+    else:
+        raise UserError(f"there is no image folder {where!r}; name one with --data\n{WHERE.get(dataset, '')}".rstrip())
+    if dataset == "celebahq":                               # faces have no classes
+        source.labels, source.classes = [0] * len(source), []
+    if dataset == "imagenet" and len(source.classes) != 1000:
+        raise UserError(f"ImageNet has 1000 classes, but {where} shows {len(source.classes)}\n{WHERE['imagenet']}")
+    return source
+
+
+def arrange(where: str, names: list[str], split: str, strip: bool) -> tuple[list[str], list[int], list[str]]:
+    """Chooses the split and names the classes: paths in natural order, labels, classes.
+
+    strip: a top directory that holds everything, as archives have, is no class.
+    """
+    images = sorted((n for n in names if PurePosixPath(n).suffix.lower() in EXTENSIONS
+                     and not any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(n).parts)), key=natural)
+    parts = [PurePosixPath(n).parts for n in images]
+    depth = 0
+    while strip and parts and len({p[depth] for p in parts}) == 1 and all(len(p) > depth + 1 for p in parts):
+        depth += 1
+    tops = {p[depth] for p in parts if len(p) > depth + 1}
+    if parts and tops and tops <= SPLITS and all(len(p) > depth + 1 for p in parts):
+        kept = [i for i, p in enumerate(parts) if p[depth] == split]
+        if not kept:
+            raise UserError(f"{where} has the splits {', '.join(sorted(tops))}, but no {split!r}")
+        images, parts, depth = [images[i] for i in kept], [parts[i] for i in kept], depth + 1
+    if not images:
+        raise UserError(f"no images in {where!r}; looked for {', '.join(sorted(EXTENSIONS))}")
+    inside = [p[depth] if len(p) > depth + 1 else "" for p in parts]
+    classes = sorted(set(inside) - {""}, key=natural)
+    if not classes:
+        return images, [0] * len(images), []
+    if "" in inside:
+        raise UserError(f"{where!r} holds both class folders and images, such as {parts[inside.index('')][-1]!r}: "
+                        "move the images into a class folder, or the class folders away")
+    number = {name: i for i, name in enumerate(classes)}
+    order = sorted(range(len(images)), key=lambda i: number[inside[i]])             # stable: natural inside a class
+    return [images[i] for i in order], [number[inside[i]] for i in order], classes
+
+
+def fingerprint(names: list[str], sizes: list[int]) -> str:
+    return hashlib.sha256("\n".join(f"{n} {s}" for n, s in zip(names, sizes, strict=True)).encode()).hexdigest()
+
+
+def _folder(path: Path, split: str) -> Source:
+    found, seen = [], set()
+    for directory, folders, files in os.walk(path, followlinks=True):
+        if (real := os.path.realpath(directory)) in seen:   # links may form a loop
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [os.path.relpath(os.path.join(directory, name), path).replace(os.sep, "/") for name in files]
+    names, labels, classes = arrange(str(path), found, split, strip=False)
+    try:
+        sizes = [(path / name).stat().st_size for name in names]
+    except OSError as problem:
+        raise UserError(f"cannot list {path}: {problem}") from None
+    return Source(str(path), names, labels, classes, fingerprint(names, sizes), lambda i: path / names[i])
+
+
+def _zip(path: Path, split: str) -> Source:
+    try:
+        archive = zipfile.ZipFile(path)
+    except (OSError, zipfile.BadZipFile) as problem:
+        raise UserError(f"{path} is no zip archive that can be read: {problem}") from None
+    infos = {info.filename: info for info in archive.infolist() if not info.is_dir()}
+    names, labels, classes = arrange(str(path), list(infos), split, strip=True)
+    sizes = [infos[name].file_size for name in names]
+    return Source(str(path), names, labels, classes, fingerprint(names, sizes),
+                  lambda i: io.BytesIO(archive.read(names[i])))
+
+
+def _lmdb(path: Path) -> Source:
+    try:
+        import lmdb
+    except ImportError:
+        raise UserError("reading an LMDB needs the package lmdb: pip install -e '.[data]'") from None
+    try:
+        database = lmdb.open(str(path), subdir=path.is_dir(), readonly=True, lock=False, readahead=False)
+        with database.begin() as reading:
+            count = sum(1 for key, _ in reading.cursor() if key.isdigit())
+    except lmdb.Error as problem:
+        raise UserError(f"{path} is no LMDB that can be read: {problem}") from None
+
+    def entry(i):
+        with database.begin() as reading:
+            raw = reading.get(str(i).encode())
+        if raw is None:
+            raise KeyError("there is no such key")
+        side = math.isqrt(len(raw) // 3)
+        if 3 * side * side == len(raw):                     # NVAE and LFM at 256: bytes (H, W, 3) without a header
+            return np.frombuffer(raw, np.uint8).reshape(side, side, 3)
+        return io.BytesIO(raw)
+
+    if not count:
+        raise UserError(f"the LMDB {path} has no keys 0, 1, ...; it is not in the form of NVAE and LFM")
+    names = [str(i) for i in range(count)]
+    return Source(str(path), names, [0] * count, [], fingerprint([path.name], [count]), entry)
+
+
+def _parquet(where: str, split: str) -> Source:
+    try:
+        import datasets
+    except ImportError:
+        raise UserError("parquet files need the package datasets: pip install -e '.[data]'") from None
+    try:
+        if where.startswith("hf:"):
+            name, _, revision = where[3:].partition("@")
+            table = datasets.load_dataset(name, revision=revision or None, split=split)
+            identity = [where], [len(table)]
+        else:
+            path = Path(where)
+            files = sorted(path.glob("**/*.parquet"), key=lambda f: natural(str(f))) if path.is_dir() else [path]
+            of_split = [f for f in files if split in re.split(r"[-_./\\]", str(f.relative_to(path.parent)))]
+            files = of_split or files
+            table = datasets.load_dataset("parquet", data_files=[str(f) for f in files], split="train")
+            identity = [f.name for f in files], [f.stat().st_size for f in files]
+    except Exception as problem:                            # the package raises its own and those of the network
+        said = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
+        raise UserError(f"cannot load {where}: {said}") from None
+    images = [name for name, kind in table.features.items()
+              if isinstance(kind, datasets.Image) or (isinstance(kind, dict) and "bytes" in kind)]
+    if not images:
+        raise UserError(f"{where} has no column of images; its columns are {', '.join(table.features)}")
+    column = images[0]
+    labels = next((name for name in ("label", "labels", "fine_label") if name in table.features), None)
+    if isinstance(table.features[column], datasets.Image):
+        table = table.cast_column(column, datasets.Image(decode=False))
+    numbers, classes = [0] * len(table), []
+    if labels:
+        numbers = [int(n) for n in table[labels]]
+        known = getattr(table.features[labels], "names", None)
+        classes = list(known) if known else [str(n) for n in range(max(numbers) + 1)]
+
+    def entry(i):
+        value = table[i][column]
+        return io.BytesIO(value["bytes"]) if value["bytes"] else Path(value["path"])
+
+    names = [f"row {i}" for i in range(len(table))]
+    return Source(where, names, numbers, classes, fingerprint(*identity), entry)
+
+
+def read_image(file, resolution: int, name: str = "") -> np.ndarray:
+    """One image as uint8 (3, R, R): upright, RGB, cropped. Raises UserError naming it when it cannot be read.
+
+    file: a path, a binary stream, or an array (H, W, 3).
+    """
+    from PIL import Image, ImageOps
+
+    if isinstance(file, np.ndarray):
+        return crop(Image.fromarray(file), resolution)
+    try:
+        with Image.open(file) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith("I"):                  # 16-bit grey: PIL would clip it to white
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+            if image.has_transparency_data:                 # transparent pixels become white
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return crop(image.convert("RGB"), resolution)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as problem:
+        raise UserError(f"cannot read the image {name or str(file)!r}: {problem}; repair or remove it") from None
+
+
+def crop(image, resolution: int) -> np.ndarray:
+    """A PIL image in RGB as uint8 (3, R, R), cut as in ADM (Dhariwal and Nichol 2021): halved while its short side is
+    at least 2R (box), resized to R (bicubic), centre kept."""
+    from PIL import Image
+
+    while min(image.size) >= 2 * resolution:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = resolution / min(image.size)
+    size = tuple(max(resolution, round(side * scale)) for side in image.size)
+    array = np.asarray(image.resize(size, Image.Resampling.BICUBIC))                # (H, W, 3)
+    top, left = (array.shape[0] - resolution) // 2, (array.shape[1] - resolution) // 2
+    return array[top : top + resolution, left : left + resolution].transpose(2, 0, 1)
+
+
+def download(name: str, patterns: list[str]) -> Path:
+    """The files of OWNER/NAME or OWNER/NAME@REVISION on the hub, in its cache. Raises UserError without a network."""
+    from huggingface_hub import snapshot_download
+
+    repository, _, revision = name.partition("@")
+    try:
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=patterns))
+    except Exception as problem:                            # the hub's own errors, and those of the network
+        raise UserError(f"cannot get {name} from the Hugging Face hub ({type(problem).__name__}); without a network, "
+                        f"download it where there is one and name the folder (mirrors: set HF_ENDPOINT)") from None
