@@ -23,6 +23,7 @@ if __name__ == "__main__":                                  # before torch is lo
     config.add_sampling_flags(PARSER)
     PARSER.add_argument("--num", type=int, default=40, help="number of images [40]")
     PARSER.add_argument("--out", help="directory to write [RUN/samples]")
+    PARSER.add_argument("--export", metavar="DIR", help="write the weights to share, safetensors, and no images")
     ARGUMENTS = PARSER.parse_args()
 
 import numpy as np
@@ -32,6 +33,7 @@ from tqdm import tqdm
 
 import data
 import pictures
+import runs
 from config import Config, UserError
 from pyramid import reconstruct
 from runs import Run, load_run
@@ -277,6 +279,11 @@ def draw_trajectory(path: Path, run: Run, labels: np.ndarray | None, seed: int =
 def main(args) -> None:
     config.check_sampling_flags(args, least=1)
     run = load_run(args.run, args.raw, args.device)
+    if args.export:
+        runs.export(run, Path(args.export))
+        print(f"wrote      {args.export}/model.safetensors, config.json: {run.weights} weights at step {run.step}; "
+              f"python sample.py --run {args.export}")
+        return
     labels, settings = choose_labels(args.labels, args.num, run.classes), solver_settings(run.cfg, args)
     out = Path(args.out or run.folder / "samples")
     try:

@@ -199,7 +199,7 @@ def train(cfg: Config, fresh: bool, ranks: Ranks, record: str | None, deadline: 
     if cfg.compile:                                         # block by block: one graph for each stage, shared by all
         torch._dynamo.config.recompile_limit = 64
         for block in model.blocks:
-            block.compile(dynamic=False)
+            block.compile(dynamic=False, fullgraph=True)
     if ranks.first:
         (out / "config.json").write_text(config.show(cfg) + "\n")
     ranks.say(f"{config.show(cfg)}\n{plan.describe(cfg, facts, ranks.world)}\n"

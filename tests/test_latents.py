@@ -1,0 +1,394 @@
+"""Latents with a tiny AutoencoderKL that diffusers saved: encode, kill, go on, train, sample, decode; and sources."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import config
+import data
+import latents
+import runs
+import sample
+import sources
+import train
+from config import Config, UserError
+from conftest import ROOT
+
+
+def save_vae(folder: Path, seed=0, **settings) -> Path:
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(seed)
+    AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+                  block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1, sample_size=32,
+                  **settings).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory) -> Path:
+    return save_vae(tmp_path_factory.mktemp("vae") / "tiny-vae")
+
+
+def picture(i: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(i).integers(0, 256, (40, 36, 3)).astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """Twenty images in the classes 9 and 10."""
+    folder = tmp_path_factory.mktemp("data") / "images"
+    for i in range(20):
+        (folder / ("9", "10")[i % 2]).mkdir(parents=True, exist_ok=True)
+        picture(i).save(folder / ("9", "10")[i % 2] / f"{i}.png")
+    return folder
+
+
+def encode(out, images, vae, **settings) -> dict:
+    return latents.encode("folder", 32, str(images), str(vae), Path(out), batch=4, device="cpu", **settings)
+
+
+def run_of(out, cache, vae, **settings) -> Config:
+    given = dict(dataset="folder", space="latent", vae=str(vae), latents=str(cache), res=32, size="32,2,2,2", batch=8,
+                 steps=20, out=str(out), solver="midpoint", solver_steps=4, num_samples=6, log_every=10, warmup=0,
+                 save_every=250)
+    return config.resolve({**given, **settings})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the cache
+
+
+def test_the_cache_holds_the_posterior_of_every_image_and_of_its_mirror_image(tmp_path, images, vae):
+    from diffusers import AutoencoderKL
+
+    header = encode(tmp_path / "cache", images, vae)
+    assert header["complete"] and header["count"] == 20 and header["classes"] == ["9", "10"] and header["side"] == 16
+    assert header["vae"]["scale"] == [0.18215] * 4 and header["vae"]["shift"] == [0.0] * 4     # from its own config
+    assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == ["header.json", "labels.npy", "moments.f16",
+                                                                      "names.txt"]
+    moments = np.fromfile(tmp_path / "cache" / "moments.f16", np.float16).reshape(20, 2, 8, 16, 16)
+    reference, names = AutoencoderKL.from_pretrained(vae), (tmp_path / "cache" / "names.txt").read_text().split()
+    assert names[0] == "9/0.png" and names[10] == "10/1.png"
+    means = []
+    for i in (0, 13):
+        x = torch.tensor(sources.read_image(images / names[i], 32)).float()[None] / 127.5 - 1
+        for side, image in enumerate((x, x.flip(-1))):
+            with torch.no_grad():
+                posterior = reference.encode(image).latent_dist
+            expected = torch.cat([posterior.mean, posterior.std], dim=1)[0].numpy()
+            assert np.allclose(moments[i, side].astype(np.float32), expected, atol=2e-3)
+    means, stds = (part.astype(np.float64) for part in np.split(moments, 2, axis=2))
+    assert np.allclose(header["latent_mean"], 0.18215 * means.mean((0, 1, 3, 4)), atol=1e-6)
+    spread = np.sqrt((means**2 + stds**2).mean((0, 1, 3, 4)) - means.mean((0, 1, 3, 4)) ** 2)
+    assert np.allclose(header["latent_std"], 0.18215 * spread, rtol=1e-6)
+    assert encode(tmp_path / "cache", images, vae) == header                    # complete: nothing to do
+
+
+def test_killed_and_resumed_by_other_processes_it_has_the_same_bytes(tmp_path, images, vae):
+    """kill -9 after the first chunks of a single process; two processes finish."""
+    encode(tmp_path / "whole", images, vae)
+    flags = ["--dataset", "folder", "--res", "32", "--data", str(images), "--vae", str(vae), "--batch", "4", "--out",
+             str(tmp_path / "killed"), "--device", "cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    slowly = (f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['latents.py'] + sys.argv[1:]\n"
+              "import latents, config\nfrom pathlib import Path\n"
+              "write = latents.Cache.write\n"
+              "latents.Cache.write = lambda *a: (write(*a), time.sleep(0.5))\n"
+              f"latents.encode('folder', 32, {str(images)!r}, {str(vae)!r}, Path({str(tmp_path / 'killed')!r}), "
+              "batch=4)")
+    process = subprocess.Popen([sys.executable, "-c", slowly], env=environment, stderr=subprocess.DEVNULL)
+    until, note = time.time() + 60, tmp_path / "killed" / "progress-0.jsonl"
+    while not note.exists() or len(note.read_text().splitlines()) < 2:
+        assert time.time() < until and process.poll() is None
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    with open(note, "a") as file:
+        file.write('{"chunk": 4, "bad"')                                        # as if it was cut off within a line
+    with pytest.raises(UserError, match="not finished; the same command goes on"):
+        data.load(run_of(tmp_path / "run", tmp_path / "killed", vae))
+    out = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                          str(ROOT / "latents.py"), *flags], env=environment, capture_output=True, text=True,
+                         timeout=120)
+    assert out.returncode == 0, out.stdout + out.stderr
+    assert "of 5 chunks were there" in out.stdout and "20 images of 32 pixels, 2 classes, 0 left out" in out.stdout
+    for name in ("moments.f16", "labels.npy", "names.txt"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    whole, killed = (json.loads((tmp_path / n / "header.json").read_text()) for n in ("whole", "killed"))
+    assert whole == killed
+
+
+def test_one_corrupt_image_is_named_or_left_out_and_counted(tmp_path, images, vae, capsys):
+    folder = tmp_path / "images"
+    for i in range(6):
+        folder.mkdir(exist_ok=True)
+        picture(i).save(folder / f"{i}.png")
+    (folder / "3.png").write_bytes((folder / "2.png").read_bytes()[:500])
+    with pytest.raises(UserError, match=r"3\.png.*--skip-bad"):
+        encode(tmp_path / "cache", folder, vae)
+    header = encode(tmp_path / "cache", folder, vae, skip_bad=True)             # goes on where it stopped
+    assert len(header["left_out"]) == 1 and "3.png" in header["left_out"][0]
+    dataset = data.load(run_of(tmp_path / "run", tmp_path / "cache", vae))
+    assert len(dataset) == 5 and dataset.valid.tolist() == [0, 1, 2, 4, 5]
+    with pytest.raises(UserError, match="--skip-bad"):
+        data.load(Config(dataset="folder", data=str(folder), res=16))
+    assert len(data.load(Config(dataset="folder", data=str(folder), res=16, skip_bad=True))) == 5
+    assert "left out 1 of 6 images" in capsys.readouterr().out
+
+
+def test_too_little_disk_is_said_before_anything_is_written(tmp_path, images, vae, monkeypatch):
+    monkeypatch.setattr(latents.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10**4})())
+    with pytest.raises(UserError, match=r"needs 0\.0 GiB, but there are 0\.0 GiB free"):
+        encode(tmp_path / "cache", images, vae)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_cache_that_does_not_match_is_refused_by_name(tmp_path, images, vae):
+    cache = tmp_path / "cache"
+    with pytest.raises(UserError, match=r"(?s)no latent cache in .*python latents\.py --dataset folder --res 32 --vae"):
+        data.load(run_of(tmp_path / "run", cache, vae))
+    encode(cache, images, vae)
+    with pytest.raises(UserError, match="its vae is .*tiny-vae, the run asks for other-vae"):
+        data.load(run_of(tmp_path / "run", cache, "other-vae"))
+    with pytest.raises(UserError, match="its resolution is 32, the run asks for 64"):
+        data.load(run_of(tmp_path / "run", cache, vae, res=64))
+    other = save_vae(tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match="holds another cache: vae differ"):
+        encode(cache, images, other)
+    with open(cache / "moments.f16", "r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(UserError, match="is damaged: moments.f16 has 1,000 bytes and should have 163,840"):
+        data.load(run_of(tmp_path / "run", cache, vae))
+    for text in ("{", "[]", '{"complete": true}', "null"):
+        (cache / "header.json").write_text(text)
+        with pytest.raises(UserError, match="header"):
+            data.load(run_of(tmp_path / "run", cache, vae))
+
+
+def test_batches_are_fresh_normalised_samples_of_the_posterior(tmp_path, images, vae):
+    encode(tmp_path / "cache", images, vae)
+    dataset = data.load(run_of(tmp_path / "run", tmp_path / "cache", vae))
+    index, u = np.full(4000, 7), np.column_stack([np.repeat([0.1, 0.9], 2000), np.zeros((4000, 2))])
+    raw, y = dataset.read(index, u)
+    x1 = dataset.x1(raw, data.BatchRandom(0, 0, 4000))
+    stored = np.fromfile(tmp_path / "cache" / "moments.f16", np.float16)
+    moments = stored.reshape(20, 2, 8, 16, 16)[7].astype(np.float32)
+    for part, side in ((x1[:2000], 1), (x1[2000:], 0)):                         # u < 0.5: the mirror image
+        assert np.allclose(part.mean(0), 0.18215 * moments[side, :4], atol=5 * 0.18215 * moments[side, 4:].max() / 45)
+        assert np.allclose(part.std(0), 0.18215 * moments[side, 4:], rtol=0.15)
+    assert y.tolist() == [0] * 4000
+    unflipped = data.load(run_of(tmp_path / "run", tmp_path / "cache", vae, flip=False)).read(index, u)[0]
+    assert (unflipped == unflipped[0]).all()
+
+
+@pytest.mark.parametrize("settings, shift, scale", [
+    (dict(scaling_factor=0.5, shift_factor=0.25), [0.25] * 4, [0.5] * 4),
+    (dict(scaling_factor=0.5, latents_mean=[0.0, 1.0, 2.0, 3.0], latents_std=[1.0, 2.0, 4.0, 0.5]),
+     [0.0, 1.0, 2.0, 3.0], [0.5, 0.25, 0.125, 1.0])])
+def test_the_normalisation_is_the_vae_s_own_and_is_undone_before_decoding(tmp_path, settings, shift, scale):
+    autoencoder = latents.Autoencoder(str(save_vae(tmp_path / "vae", **settings)), "cpu")
+    assert autoencoder.facts["shift"] == shift and autoencoder.facts["scale"] == scale
+    z = torch.randn(3, 4, 16, 16)
+    x1 = (z - torch.tensor(shift).view(-1, 1, 1)) * torch.tensor(scale).view(-1, 1, 1)
+    autoencoder.PIXELS = 32 * 32                                                # one image at a time
+    with torch.no_grad():
+        assert torch.allclose(autoencoder.decode(x1), autoencoder.vae.decode(z).sample, atol=1e-4)
+
+
+def test_a_missing_vae_is_named(tmp_path):
+    with pytest.raises(UserError, match="no AutoencoderKL of diffusers in"):
+        latents.Autoencoder(str(tmp_path), "cpu")
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    with pytest.raises(UserError, match="no AutoencoderKL of diffusers in"):
+        latents.Autoencoder(str(tmp_path), "cpu")
+
+
+def test_the_hub_out_of_reach_is_said(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: (_ for _ in ()).throw(OSError("offline")))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="cannot get stabilityai/sd-vae-ft-mse from the Hugging Face hub"):
+        latents.Autoencoder("stabilityai/sd-vae-ft-mse", "cpu")
+    with pytest.raises(UserError, match="cannot get someone/lapflow-celebahq from"):
+        runs.load_run("someone/lapflow-celebahq")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# training and sampling
+
+
+def test_encode_train_sample_decode(tmp_path, images, vae, run_script, give_up):
+    """The whole path through the scripts, as a user runs it."""
+    out = run_script("latents.py", "--data", images, "--res", "32", "--vae", vae, "--device", "cpu").stdout
+    assert "cache      latents/folder-32-tiny-vae/train: 20 images" in out
+    command = ["--dataset", "folder", "--latent", "--vae", vae, "--res", "32", "--size", "32,2,2,2", "--batch", "8",
+               "--solver", "midpoint", "--solver-steps", "4", "--num-samples", "12", "--steps", "20",
+               "--sample-every", "10", "--eval-every", "20", "--log-every", "5", "--log", "tensorboard",
+               "--warmup", "0"]
+    out = run_script("train.py", *command).stdout
+    assert "input      4 x 16 x 16, 3 bands, 2 classes" in out and "frechet_pixel" in out
+    run = tmp_path / "out" / "folder-32"
+    assert {"samples-00000010.png", "samples.png", "trajectory.png", "tensorboard"} <= {p.name for p in run.iterdir()}
+    for name in ("samples-00000010.png", "samples.png", "trajectory.png"):
+        shown = np.asarray(Image.open(run / name).convert("L"))
+        assert min(shown.shape) > 100 and shown.std() > 5
+    line = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert line["step"] == 20 and len(line["loss_bins"]) == 3 and len(line["loss_bins"][0]) == 10
+    assert line["loss_bins"][2][:6] == [None] * 6                               # the finest band starts at 2 / 3
+    assert line["seconds_left"] == 0 and line["epoch"] == 8.0 and line["mfu"] is None and 0 <= line["data_wait"] <= 1
+    out = run_script("sample.py", "--num", "4", "--labels", "10").stdout
+    with np.load(run / "samples" / "samples.npz") as saved:
+        assert saved["images"].shape == (4, 32, 32, 3) and saved["labels"].tolist() == [1] * 4
+    out = run_script("sample.py", "--export", "shared").stdout
+    assert sorted(p.name for p in (tmp_path / "shared").iterdir()) == ["config.json", "model.safetensors"]
+    run_script("sample.py", "--run", "shared", "--num", "4", "--labels", "10", "--out", "again")
+    with np.load(run / "samples" / "samples.npz") as a, np.load(tmp_path / "again" / "samples.npz") as b:
+        assert np.array_equal(a["images"], b["images"])
+    assert "holds the averaged weights only" in give_up("sample.py", "--run", "shared", "--raw")
+    facts = json.loads((tmp_path / "shared" / "config.json").read_text())
+    facts["data"]["latent"]["sha256"] = "0" * 64
+    (tmp_path / "shared" / "config.json").write_text(json.dumps(facts))
+    assert "is not the one that made the latents of this run: its sha256" in give_up("sample.py", "--run", "shared")
+
+
+def test_fine_tuning_takes_another_resolution_and_other_classes(tmp_path, images, vae, capsys):
+    encode(tmp_path / "cache", images, vae)
+    train.main(run_of(tmp_path / "first", tmp_path / "cache", vae, steps=5), device="cpu")
+    for i in range(3):
+        (tmp_path / "more" / str(i)).mkdir(parents=True)
+        picture(i).save(tmp_path / "more" / str(i) / "x.png")
+    latents.encode("folder", 64, str(tmp_path / "more"), str(vae), tmp_path / "cache-64", device="cpu")
+    capsys.readouterr()
+    source = runs.load_run(str(tmp_path / "first"), device="cpu")
+    for init in (tmp_path / "first", tmp_path / "first" / "step-00000005.pt"):
+        cfg = run_of(tmp_path / "second", tmp_path / "cache-64", vae, res=64, steps=1, lr=0.0, lr_end=0.0,
+                     init=str(init))
+        train.main(cfg, fresh=True, device="cpu")
+        said = capsys.readouterr().out
+        assert "its 2 classes are not the 3 of this run: the label table starts anew" in said
+        assert "it was trained on 16 x 16, this run is 32 x 32: positions are recomputed" in said
+        tuned = runs.load_run(str(tmp_path / "second"), raw=True, device="cpu").model.state_dict()
+        for name, weight in source.model.state_dict().items():
+            assert name == "label.weight" or torch.equal(weight, tuned[name])
+        assert tuned["label.weight"].shape[0] == 4
+    with pytest.raises(UserError, match="do not fit the configuration"):
+        train.main(run_of(tmp_path / "third", tmp_path / "cache", vae, size="64,2,2,2", init=str(tmp_path / "first")),
+                   device="cpu")
+    with pytest.raises(UserError, match="no run directory"):
+        train.main(run_of(tmp_path / "third", tmp_path / "cache", vae, init="nowhere"), device="cpu")
+
+
+def test_a_damaged_export_is_refused(tmp_path):
+    train.main(Config(size="32,2,2,2", batch=16, steps=2, solver="midpoint", solver_steps=4, num_samples=6,
+                      out=str(tmp_path / "run")), device="cpu")
+    run = runs.load_run(str(tmp_path / "run"), device="cpu")
+    runs.export(run, tmp_path / "export")
+    again = runs.load_run(str(tmp_path / "export"), device="cpu")
+    assert again.cfg == run.cfg and again.step == 2 and again.weights == "ema" and again.classes == run.classes
+    assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), again.model.parameters(), strict=True))
+    images, _ = sample.generate(again, 2, np.arange(2), progress=False, solver="euler", steps=4)
+    assert images.shape == (2, 8, 8, 1)
+    raw = (tmp_path / "export" / "model.safetensors").read_bytes()
+    for damaged in (b"", raw[:100], b"hello" * 10):
+        (tmp_path / "export" / "model.safetensors").write_bytes(damaged)
+        with pytest.raises(UserError, match="is no export"):
+            runs.load_run(str(tmp_path / "export"))
+    (tmp_path / "export" / "model.safetensors").write_bytes(raw)
+    (tmp_path / "export" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="is no export"):
+        runs.load_run(str(tmp_path / "export"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sources
+
+
+def png(i: int) -> bytes:
+    stream = io.BytesIO()
+    picture(i).save(stream, "png")
+    return stream.getvalue()
+
+
+def test_zip_and_folder_give_the_same(tmp_path, images):
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for file in images.glob("*/*.png"):
+            archive.write(file, f"some/top/{file.relative_to(images)}")
+        archive.writestr("__MACOSX/some/._x.png", b"")
+    folder, packed = (sources.open_source("folder", str(p)) for p in (images, tmp_path / "images.zip"))
+    assert packed.classes == folder.classes == ["9", "10"] and packed.labels == folder.labels
+    for i in (0, 19):
+        assert np.array_equal(folder.image(i, 32), packed.image(i, 32))
+    (tmp_path / "broken.zip").write_bytes(b"PK\x03\x04 broken")
+    with pytest.raises(UserError, match="no zip archive"):
+        sources.open_source("folder", str(tmp_path / "broken.zip"))
+
+
+def test_splits_and_imagenet_s_layout(tmp_path, images):
+    for split, number in (("train", 2), ("val", 1)):
+        for name in ("n02", "n10"):
+            for i in range(number):
+                (tmp_path / split / name).mkdir(parents=True, exist_ok=True)
+                picture(i).save(tmp_path / split / name / f"{i}.JPEG")
+    train_, val = (sources.open_source("folder", str(tmp_path), split) for split in ("train", "val"))
+    assert train_.names[0] == "train/n02/0.JPEG" and train_.classes == ["n02", "n10"] and len(train_) == 4
+    assert val.labels == [0, 1] and train_.fingerprint != val.fingerprint
+    with pytest.raises(UserError, match="has the splits train, val, but no 'test'"):
+        sources.open_source("folder", str(tmp_path), "test")
+    with pytest.raises(UserError, match="ImageNet has 1000 classes, but .* shows 2"):
+        sources.open_source("imagenet", str(tmp_path))
+    faces = sources.open_source("celebahq", str(images))
+    assert faces.classes == [] and len(faces) == 20                             # faces have no classes
+    for dataset, words in (("celebahq", "CelebAMask-HQ"), ("imagenet", "image-net.org")):
+        for where in ("", str(tmp_path / "nowhere")):
+            with pytest.raises(UserError, match=words):
+                sources.open_source(dataset, where)
+
+
+def test_links_that_form_a_loop_end(tmp_path):
+    (tmp_path / "a").mkdir()
+    picture(0).save(tmp_path / "a" / "x.png")
+    (tmp_path / "a" / "loop").symlink_to(tmp_path)
+    assert len(sources.open_source("folder", str(tmp_path))) == 1
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_lmdb_of_nvae_and_lfm(tmp_path, raw):
+    lmdb = pytest.importorskip("lmdb")
+    with lmdb.open(str(tmp_path / "faces"), map_size=10**7) as database, database.begin(write=True) as writing:
+        for i in range(3):
+            square = picture(i).crop((0, 0, 36, 36))
+            writing.put(str(i).encode(), square.tobytes() if raw else png(i))
+    source = sources.open_source("celebahq", str(tmp_path / "faces"))
+    assert len(source) == 3 and source.image(2, 16).shape == (3, 16, 16)
+    expected = picture(2).crop((0, 0, 36, 36)) if raw else picture(2)
+    assert np.array_equal(source.image(2, 16), sources.crop(expected, 16))
+
+
+def test_parquet_with_and_without_labels(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = {"image": [{"bytes": png(i), "path": None} for i in range(4)], "label": [0, 2, 1, 2]}
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["a", "b", "c"]))
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "d" / "train-00000.parquet")
+    source = sources.open_source("folder", str(tmp_path / "d"))
+    assert source.classes == ["a", "b", "c"] and source.labels == [0, 2, 1, 2]
+    assert np.array_equal(source.image(3, 32), sources.crop(picture(3), 32))
+    datasets.Dataset.from_dict({"text": ["x"]}).to_parquet(tmp_path / "text.parquet")
+    with pytest.raises(UserError, match="no column of images; its columns are text"):
+        sources.open_source("folder", str(tmp_path / "text.parquet"))
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 hello")
+    with pytest.raises(UserError, match="cannot load"):
+        sources.open_source("folder", str(tmp_path / "bad.parquet"))

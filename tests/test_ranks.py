@@ -1,0 +1,221 @@
+"""Several processes train what one does; a killed one costs nothing; compiled blocks; micro-batches."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import train
+from config import Config, UserError
+from conftest import ROOT, random_model
+from ranks import Ranks
+from schedule import Schedule, loss
+
+TINY = ["--size", "32,2,2,2", "--batch", "12", "--solver", "midpoint", "--solver-steps", "4", "--num-samples", "6",
+        "--warmup", "0", "--lr", "1e-3"]
+
+
+def start(tmp_path, *arguments, processes=2, script="train.py", torchrun=()):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *torchrun]
+    return subprocess.Popen([sys.executable, *(launcher if processes > 1 else []), str(ROOT / script),
+                             *map(str, arguments)], cwd=tmp_path, env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def finished(process) -> str:
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, out
+    return out
+
+
+def losses(run: Path) -> list:
+    """The losses of the bands at each step, -1 where a band took no part."""
+    rows = [json.loads(line)["loss_bands"] for line in open(run / "metrics.jsonl")]
+    return [[-1 if value is None else value for value in row] for row in rows]
+
+
+def weights(run: Path) -> dict:
+    return checkpoint.load_newest(run)["model"]
+
+
+@pytest.mark.parametrize("stages", ["batch", "stratified"])
+def test_two_processes_compute_what_one_does(tmp_path, stages):
+    """Ten steps over both stages, on the digits: the same losses to 1e-5, whoever holds which rows."""
+    common = [*TINY, "--steps", "10", "--log-every", "1", "--stages", stages]
+    out = finished(start(tmp_path, *common, "--out", "two", "--micro-batch", "3"))
+    assert "12 = 2 processes x 2 micro-batches x at most 3 images" in out and out.count("frechet_pixel") == 1
+    finished(start(tmp_path, *common, "--out", "one", processes=1))
+    two, one = losses(tmp_path / "two"), losses(tmp_path / "one")
+    assert len(one) == 10 and {row[1] == -1 for row in one} == ({True, False} if stages == "batch" else {False})
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+    ours, theirs = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all(torch.allclose(ours[name], theirs[name], atol=2e-5) for name in ours)
+    # the run of two goes on as one, for the same global batch
+    assert "continuing two at step 10" in finished(start(tmp_path, *common, "--out", "two", "--steps", "11",
+                                                         processes=1))
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="finds the worker through /proc")
+def test_a_killed_worker_restarts_and_ends_with_the_same_weights(tmp_path):
+    """torchrun --max-restarts: kill -9 between two checkpoints; the end is that of the undisturbed run, bit for bit."""
+    common = [*TINY, "--steps", "120", "--save-every", "10", "--log-every", "10", "--stages", "batch"]
+    process = start(tmp_path, *common, "--out", "killed", torchrun=["--max-restarts=2"])
+    try:
+        until = time.time() + 120
+        while not list((tmp_path / "killed").glob("step-*.pt")):
+            assert time.time() < until and process.poll() is None, process.communicate()[0]
+            time.sleep(0.01)
+        victims = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and is_worker(p, process.pid)]
+        assert len(victims) == 1
+        os.kill(victims[0], signal.SIGKILL)
+        out = finished(process)
+    finally:
+        process.kill()
+    assert "continuing killed at step" in out
+    finished(start(tmp_path, *common, "--out", "whole"))
+    ours, theirs = weights(tmp_path / "killed"), weights(tmp_path / "whole")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+def is_worker(folder: Path, parent: int) -> bool:
+    """Is it the second process of this torchrun?"""
+    try:
+        if int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1]) != parent:
+            return False
+        return b"\0RANK=1\0" in (folder / "environ").read_bytes()
+    except (OSError, IndexError):
+        return False
+
+
+def test_a_batch_that_cannot_be_shared_is_said(tmp_path):
+    process = start(tmp_path, "--batch", "7", "--steps", "1", "--size", "32,2,2,2")
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and "a batch of 7 images cannot be shared equally by 2 processes: start 1" in out
+    with pytest.raises(UserError, match="by 6 processes: start 4 of them"):
+        Ranks(0, 6, torch.device("cpu")).rows(256, 0)
+
+
+def test_rows_of_all_processes_are_the_batch_once():
+    for batch, world, micro in ((256, 8, 0), (256, 1, 100), (12, 2, 4), (128, 8, 5)):
+        ranks = [Ranks(r, world, torch.device("cpu")) for r in range(world)]
+        parts = [part for r in ranks for part in r.rows(batch, micro)]
+        assert [i for part in parts for i in range(batch)[part]] == list(range(batch))
+        sizes = {part.stop - part.start for part in parts}
+        assert max(sizes) - min(sizes) <= 1 and max(sizes) <= (micro or batch)
+
+
+@pytest.mark.parametrize("stages", ["batch", "stratified"])
+def test_micro_batches_train_what_the_whole_batch_does(tmp_path, stages):
+    runs = []
+    for micro in (0, 5):
+        cfg = Config(size="32,2,2,2", batch=16, steps=6, stages=stages, micro_batch=micro, log_every=1, warmup=0,
+                     lr=1e-3, solver="midpoint", solver_steps=4, num_samples=6, out=str(tmp_path / str(micro)))
+        train.main(cfg, device="cpu")
+        runs.append((losses(Path(cfg.out)), weights(Path(cfg.out))))
+    for a, b in zip(runs[0][0], runs[1][0], strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+    assert all(torch.allclose(runs[0][1][name], runs[1][1][name], atol=2e-5) for name in runs[0][1])
+
+
+def test_too_small_a_share_for_all_stages_is_said(tmp_path):
+    cfg = Config(size="32,2,2,2", batch=16, steps=1, micro_batch=1, out=str(tmp_path / "run"))
+    with pytest.raises(UserError, match="2 images at a time in every process, not 1.*--stages batch"):
+        train.main(cfg, device="cpu")
+
+
+@pytest.mark.parametrize("stages", ["batch", "stratified"])
+def test_blocks_compile_once_for_each_stage_and_never_again(tmp_path, monkeypatch, stages):
+    """One graph for each stage, shared by all blocks, over 20 steps; the loss is that of the plain model."""
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    graphs, compile_ = [], torch.nn.Module.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: compile_(self, backend=backend, **kw))
+    results = []
+    for compiled in (False, True):
+        cfg = Config(size="32,3,2,1", num_scales=3, batch=12, steps=20, stages=stages, compile=compiled, log_every=1,
+                     warmup=0, lr=1e-3, solver="midpoint", solver_steps=4, num_samples=6,
+                     out=str(tmp_path / str(compiled)))
+        train.main(cfg, device="cpu")
+        results.append(losses(Path(cfg.out)))
+        assert len(graphs) == (3 if compiled else 0)
+    for a, b in zip(*results, strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    keys = weights(tmp_path / "True")
+    assert not any("_orig_mod" in name for name in keys)
+
+
+def test_recomputed_activations_give_the_same_gradients():
+    model, schedule = random_model(), Schedule((0.0, 0.33, 0.67))
+    from data import BatchRandom
+
+    grads = []
+    for recompute in (False, True):
+        model.recompute = recompute
+        model.zero_grad()
+        loss(model, torch.ones(6, 2, 16, 16), None, schedule, BatchRandom(0, 0, 6), stages="stratified")[0].backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads, strict=True))
+
+
+def test_bfloat16_keeps_norms_time_and_residuals_in_float32():
+    model = random_model()
+    seen = {}
+
+    def note(name):
+        def hook(module, inputs, output):
+            seen[name] = inputs[0].dtype, output.dtype
+
+        return hook
+
+    model.time.register_forward_hook(note("time"))
+    model.blocks[0].norm.register_forward_hook(note("norm"))
+    model.blocks[0].mlp[0].register_forward_hook(note("mlp"))
+    bands = [torch.randn(2, 2, s, s) for s in (4, 8, 16)]
+    residuals = []
+    model.blocks[1].register_forward_pre_hook(lambda module, inputs: residuals.extend(x.dtype for x in inputs[0]))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(bands, torch.rand(2))
+    assert seen["time"][1] == torch.float32 and set(residuals) == {torch.float32}
+    assert seen["norm"] == (torch.float32, torch.float32)
+    assert seen["mlp"][1] == torch.bfloat16
+
+
+def test_stop_after_saves_and_the_same_command_goes_on(tmp_path, capsys):
+    cfg = Config(size="32,2,2,2", batch=16, steps=8, solver="midpoint", solver_steps=4, num_samples=6,
+                 out=str(tmp_path / "run"))
+    train.main(cfg, device="cpu", stop_after=0.0)
+    assert "stopped at step 1, saved; the same command continues" in capsys.readouterr().out
+    train.main(cfg, device="cpu")
+    assert checkpoint.load_newest(tmp_path / "run")["step"] == 8
+    assert train.seconds("90") == 90 and train.seconds("1.5h") == 5400 and train.seconds("2m") == 120
+    with pytest.raises(UserError, match="--stop-after takes a time"):
+        train.seconds("soon")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_trains_in_bfloat16_with_compiled_blocks(tmp_path):
+    results = []
+    for settings in (dict(), dict(precision="bfloat16", compile=True)):
+        cfg = Config(size="64,2,2,2", batch=64, steps=40, log_every=40, num_samples=6, solver="midpoint",
+                     solver_steps=4, out=str(tmp_path / str(len(results))), **settings)
+        train.main(cfg, device="cuda")
+        results.append(losses(Path(cfg.out))[0])
+    assert results[0] == pytest.approx(results[1], rel=0.03)
