@@ -8,6 +8,7 @@ weights_only=True, so a file from a stranger cannot run code.
 
 import os
 import pickle
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -26,6 +27,25 @@ def steps(run: Path) -> list[Path]:
 
 def path(run: Path, step: int) -> Path:
     return run / f"step-{step:08d}.pt"
+
+
+def prepare(run: Path, fresh: bool, room: int) -> None:
+    """Makes the run directory, emptied of an old run when asked. Raises UserError when it cannot be written, or when
+    its disk has not `room` bytes for the checkpoints."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / ".writable").touch()
+        (run / ".writable").unlink()
+        if fresh:
+            for old in [*steps(run), run / "metrics.jsonl"]:
+                old.unlink(missing_ok=True)
+        room -= sum(path.stat().st_size for path in steps(run))
+        free = shutil.disk_usage(run).free
+    except OSError as problem:
+        raise UserError(f"the run directory {run} cannot be written: {problem}; choose another with --out") from None
+    if free < room:
+        raise UserError(f"the checkpoints need {room / 1e9:.1f} GB more, but there are {free / 1e9:.1f} GB free for "
+                        f"{run}: choose another directory with --out, or keep fewer with --keep")
 
 
 def save(run: Path, state: dict, keep: int = 2, keep_every: int = 0) -> Path:

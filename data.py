@@ -9,6 +9,7 @@ Two rules make runs repeatable:
 """
 
 import json
+import os
 import random
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -82,7 +83,7 @@ def read_ahead(dataset, cfg, step: int, rows: list[slice], pin: bool = False):
         index = order(len(dataset), cfg.seed, step * cfg.batch, cfg.batch)
         u = np.random.Generator(np.random.Philox(key=[cfg.seed, 2**63 + step])).random((cfg.batch, 3))
         pairs = [dataset.read(index[part], u[part]) for part in rows]
-        return [(raw.pin_memory(), y) if pin and not raw.is_cuda else (raw, y) for raw, y in pairs]
+        return [tuple(x.pin_memory() if pin and x is not None and not x.is_cuda else x for x in pair) for pair in pairs]
 
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(read, step)
@@ -206,7 +207,10 @@ class Latents:
         """Holds the whole cache on a GPU when that takes less than a quarter of its free memory."""
         self.shift, self.scale = self.shift.to(device), self.scale.to(device)
         if device.type == "cuda" and self.moments.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
-            self.moments = torch.from_numpy(np.array(self.moments)).to(device)
+            whole = torch.empty(self.moments.shape, dtype=torch.float16, device=device)
+            for first in range(0, len(whole), 1024):        # piece by piece: eight processes share the machine's memory
+                whole[first : first + 1024] = torch.from_numpy(np.array(self.moments[first : first + 1024]))
+            self.moments = whole
 
     def read(self, index: np.ndarray, u: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
         index, mirrored = self.valid[index], ((u[:, 0] < 0.5) & self.flip).astype(np.int64)
@@ -257,7 +261,8 @@ def read_all(source: sources.Source, resolution: int, flip: bool, skip_bad: bool
 
     pixels = np.empty((len(source), 3, resolution, resolution), np.uint8)
     kept, skipped = [], []
-    for i in tqdm(range(len(source)), desc="reading images", unit="file", leave=False):
+    others = int(os.environ.get("RANK", 0)) > 0             # one progress bar is enough
+    for i in tqdm(range(len(source)), desc="reading images", unit="file", leave=False, disable=others):
         try:
             pixels[len(kept)] = source.image(i, resolution)
             kept.append(i)

@@ -46,7 +46,7 @@ class Ranks:
         if "RANK" not in os.environ:
             return cls(0, 1, best_device(device))
         local = int(os.environ.get("LOCAL_RANK", 0))
-        if device is None and torch.cuda.is_available():
+        if device in (None, "cuda") and torch.cuda.is_available():
             if local >= torch.cuda.device_count():
                 raise UserError(f"torchrun started a process for GPU {local}, but this machine has "
                                 f"{torch.cuda.device_count()}: lower --nproc_per_node")

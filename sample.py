@@ -210,6 +210,7 @@ def choose_labels(text: str, num: int, classes: list[str]) -> np.ndarray | None:
 def generate(run: Run, num: int, labels: np.ndarray | None, seed=0, batch=250, cfg_scale=1.0, progress=True, **solver):
     """Images 0..num-1 of a seed: uint8 (num, H, W, C), and a report of what they cost."""
     check_guidance(run.cfg, cfg_scale, run.classes)
+    torch.set_float32_matmul_precision("highest")           # TF32 is noise to dopri5, which then takes more steps
     model, schedule = Guided(run.model, cfg_scale), Schedule(run.cfg.starts, run.cfg.path)
     images, began = [], time.perf_counter()
     with tqdm(total=num, desc="sampling", unit="img", disable=not progress, leave=False) as bar:

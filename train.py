@@ -64,21 +64,6 @@ def update_ema(ema, model, decay: float, step: int) -> None:
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
-def prepare_folder(cfg: Config, fresh: bool) -> Path:
-    """The run directory, writable, emptied of an old run when asked. Raises UserError when it cannot be used."""
-    out = Path(cfg.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / ".writable").touch()
-        (out / ".writable").unlink()
-        if fresh:
-            for old in [*checkpoint.steps(out), out / "metrics.jsonl"]:
-                old.unlink(missing_ok=True)
-    except OSError as problem:
-        raise UserError(f"the run directory {out} cannot be written: {problem}; choose another with --out") from None
-    return out
-
-
 def restore(cfg: Config, out: Path, ranks: Ranks, facts: dict, model, ema, optimizer) -> tuple[int, bool]:
     """Continues where the newest checkpoint ends: the same command again, no flag. Returns its step (0: none), and
     whether it must be saved again for sampling settings that changed. Raises UserError when it is of another run."""
@@ -113,7 +98,7 @@ def restore(cfg: Config, out: Path, ranks: Ranks, facts: dict, model, ema, optim
 
 def glance(run: runs.Run, dataset) -> None:
     """In the midst of training: a grid of samples, and scores, each at its interval."""
-    cfg, step = run.cfg, run.step
+    cfg, step, matmul = run.cfg, run.step, torch.get_float32_matmul_precision()
     for every, num in ((cfg.sample_every, 16), (cfg.eval_every, cfg.num_samples)):
         if every and step % every == 0:
             labels = sample.choose_labels("balanced", num, run.classes)
@@ -123,6 +108,7 @@ def glance(run: runs.Run, dataset) -> None:
             if num == cfg.num_samples:
                 with open(run.folder / "scores.jsonl", "a") as file:
                     file.write(json.dumps({**report, **fid.evaluate(dataset, images, labels, run.decode)}) + "\n")
+    torch.set_float32_matmul_precision(matmul)              # sampling sets it to full
 
 
 def finish(run: runs.Run, dataset) -> dict:
@@ -191,7 +177,9 @@ def train(cfg: Config, fresh: bool, ranks: Ranks, record: str | None, deadline: 
     ema = copy.deepcopy(model).requires_grad_(False) if cfg.ema else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2),
                                   weight_decay=cfg.weight_decay, fused=device.type in ("cpu", "cuda"))
-    out = prepare_folder(cfg, fresh and ranks.first)
+    out = Path(cfg.out)
+    if ranks.first:
+        checkpoint.prepare(out, fresh, room=(cfg.keep + 1) * model.count_parameters() * 4 * (4 if cfg.ema else 3))
     ranks.barrier()
     facts = data.facts(dataset)
     step, renew = restore(cfg, out, ranks, facts, model, ema, optimizer)

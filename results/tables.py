@@ -1,4 +1,5 @@
-"""Rewrites the tables of README.md between the markers <!-- NAME --> and <!-- /NAME --> from results/NAME.jsonl.
+"""Rewrites the tables of README.md between the markers <!-- NAME --> and <!-- /NAME --> from results/NAME.jsonl
+(and, for the presets, from config.py).
 
     python results/tables.py            rewrites README.md
     python results/tables.py --check    fails when README.md does not show what the results say
@@ -41,7 +42,15 @@ def digits() -> str:
     return "\n".join(out)
 
 
-TABLES = {"digits": digits}
+def presets() -> str:
+    """The rows of the paper: closed forms of this code and the paper's numbers, no measurement."""
+    sys.path.insert(0, str(ROOT))
+    import plan
+
+    return plan.table()
+
+
+TABLES = {"digits": digits, "presets": presets}
 
 
 def render(text: str) -> str:
