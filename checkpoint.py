@@ -36,6 +36,8 @@ def prepare(run: Path, fresh: bool, room: int) -> None:
         run.mkdir(parents=True, exist_ok=True)
         (run / ".writable").touch()
         (run / ".writable").unlink()
+        for unfinished in run.glob("step-*.tmp"):
+            unfinished.unlink()
         if fresh:
             for old in [*steps(run), run / "metrics.jsonl"]:
                 old.unlink(missing_ok=True)
@@ -70,13 +72,17 @@ def save(run: Path, state: dict, keep: int = 2, keep_every: int = 0) -> Path:
     return target
 
 
-def read(path: Path) -> dict:
-    """The contents of one checkpoint, on the CPU. Raises UserError when it is damaged, foreign or too old or new."""
+def read(path: Path, checked: bool = False) -> dict:
+    """The contents of one checkpoint, on the CPU. Raises UserError when it is damaged, foreign or too old or new.
+
+    checked: another process has verified it; it is mapped into memory, which the processes of a machine then share.
+    """
     try:
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():
-                raise UserError(f"the checkpoint {path} is damaged: the checksum of {damaged} is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not checked:
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise UserError(f"the checkpoint {path} is damaged: the checksum of {damaged} is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=checked)
     except UserError:
         raise
     except pickle.UnpicklingError:

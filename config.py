@@ -7,6 +7,9 @@ and read back from there by sample.py and fid.py, so nothing has to be said twic
 import argparse
 import dataclasses
 import json
+import math
+import re
+import time
 from dataclasses import dataclass
 
 DATASETS = ("digits", "photos", "folder", "celebahq", "imagenet")
@@ -273,6 +276,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--norm", choices=("batch", "sample"), default="batch",
                         help="error norm of dopri5: over the whole batch (as the paper), or its worst image [batch]")
     parser.add_argument("--batch", type=int, default=250, help="images at a time [250]")
+    parser.add_argument("--vae", help="where the run's autoencoder is now, when it has moved")
     parser.add_argument("--raw", action="store_true", help="use the raw weights, not their moving average")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps [the best there is]")
 
@@ -315,9 +319,12 @@ def resolve(given: dict) -> Config:
             if fits:
                 name = fits[0]
                 break
-    if given.get("space") == "pixel":
-        given.setdefault("vae", "")
-    config = Config(**{**PRESETS[name].settings, **given})
+    settings = {**PRESETS[name].settings, **given}
+    if settings.get("space") == "pixel":
+        settings["vae"] = given.get("vae", "")
+    elif settings.get("space") == "latent" and ("res" in given or not settings.get("vae")):
+        settings["vae"] = given.get("vae") or standard_vae(settings["res"])
+    config = Config(**settings)
     if not config.out:
         row = find_row(config) or name
         standard = config.res == Config(**PRESETS[row].settings).res
@@ -325,6 +332,25 @@ def resolve(given: dict) -> Config:
     if config.space == "latent" and not config.latents:
         config = dataclasses.replace(config, latents=cache_folder(config.dataset, config.res, config.vae, "train"))
     return config
+
+
+def standard_vae(res: int) -> str:
+    """The autoencoder of the paper for this resolution."""
+    return EQ_VAE if res <= 256 else SD_VAE
+
+
+def seconds(text: str) -> float:
+    """How long from now: "90s", "50m", "23.5h", plain seconds, or @ and a time in seconds since 1970; "": for ever.
+
+    Raises UserError for anything else.
+    """
+    found = re.fullmatch(r"(@?)(\d+(?:\.\d+)?)([smh]?)", text)
+    if not text:
+        return math.inf
+    if not found or (found[1] and found[3]):
+        raise UserError(f"--stop-after takes a time like 90s, 50m or 23.5h, not {text!r}")
+    number = float(found[2]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[3]]
+    return number - time.time() if found[1] else number
 
 
 def cache_folder(dataset: str, res: int, vae: str, split: str) -> str:

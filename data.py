@@ -227,7 +227,8 @@ class Latents:
         """Means of the posteriors: decoded, they are the images as the autoencoder gives them back."""
         index = _epoch(len(self), seed, 0)[:count]
         raw, _ = self.read(index, np.ones((len(index), 3)))
-        return (raw.float().chunk(2, dim=1)[0] - self.shift) * self.scale, self.labels[self.valid[index]]
+        mean = raw.to(self.shift.device).float().chunk(2, dim=1)[0]
+        return (mean - self.shift) * self.scale, self.labels[self.valid[index]]
 
 
 def digits() -> Images:
@@ -291,6 +292,10 @@ def open_latents(cfg) -> Latents:
     if not header["complete"]:
         raise UserError(f"the latent cache in {folder} is not finished; the same command goes on where it stopped:\n"
                         f"  {make}")
+    source = sources.open_source(cfg.dataset, cfg.data, header.get("split", "train")) if cfg.data else None
+    if source and source.fingerprint != header["fingerprint"]:
+        raise UserError(f"the latent cache in {folder} was made of other images than {cfg.data}: name another with "
+                        f"--latents, or make one with\n  {make}")
     wrong = [f"its {name} is {found}, the run asks for {asked}" for name, found, asked in (
         ("dataset", header["dataset"], cfg.dataset), ("resolution", header["res"], cfg.res),
         ("vae", header["vae"].get("name"), cfg.vae)) if found != asked]

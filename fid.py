@@ -129,8 +129,8 @@ def sliced_wasserstein(real, fake, patches: int = 32, directions: int = 512, see
 
 def pixel_features(images: np.ndarray) -> np.ndarray:
     """uint8 (N, H, W, C) -> (N, 64 C): pixels in [0, 1], averaged to 8 x 8."""
-    x = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).double() / 255
-    return F.adaptive_avg_pool2d(x, 8).flatten(1).numpy()
+    parts = [torch.tensor(images[i : i + 64]).permute(0, 3, 1, 2).double() / 255 for i in range(0, len(images), 64)]
+    return torch.cat([F.adaptive_avg_pool2d(x, 8).flatten(1) for x in parts]).numpy()
 
 
 def statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -237,15 +237,15 @@ def check_record(file: str | None) -> None:
         raise UserError(f"results cannot be appended to {file}: {problem}") from None
 
 
-def record(file: Path, run: runs.Run, scores: dict) -> None:
+def record(file: Path, cfg: config.Config, device: torch.device, scores: dict) -> None:
     """Appends one line with all that is needed to repeat a measurement; the tables of README.md are made from such."""
     git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False,
                          cwd=Path(__file__).parent)
-    device = torch.cuda.get_device_name() if run.device.type == "cuda" else f"{cpu_name()}, {os.cpu_count()} cores"
-    line = {"date": time.strftime("%Y-%m-%d"), "commit": git.stdout.strip(), "hardware": device,
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu_name()}, {os.cpu_count()} cores"
+    line = {"date": time.strftime("%Y-%m-%d"), "commit": git.stdout.strip(), "hardware": name,
             "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
             "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
-            "config": run.cfg.to_dict(), **scores}
+            "config": cfg.to_dict(), **scores}
     with open(file, "a") as stream:
         stream.write(json.dumps(line) + "\n")
 
@@ -260,7 +260,7 @@ def cpu_name() -> str:
 def main(args) -> None:
     config.check_sampling_flags(args, least=5)
     check_record(args.record)
-    run = runs.load_run(args.run, args.raw, args.device)
+    run = runs.load_run(args.run, args.raw, args.device, args.vae)
     dataset, scored = data.load(run.cfg), run.folder
     if dataset.classes != run.classes:
         raise UserError(f"the data of {run.folder} has changed: it was trained on the classes {run.classes}")
@@ -279,7 +279,7 @@ def main(args) -> None:
     print(table(scores))
     (scored / "scores.json").write_text(json.dumps({**report, **scores}, indent=2))
     if args.record:
-        record(Path(args.record), run, {**report, **scores})
+        record(Path(args.record), run.cfg, run.device, {**report, **scores})
 
 
 if __name__ == "__main__":

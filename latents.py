@@ -56,7 +56,7 @@ class Autoencoder:
     Raises UserError when it cannot be loaded, and when it is not the expected one.
     """
 
-    PIXELS = 2**22                                          # decoded at a time: bounds the memory
+    PIXELS = 2**20                                          # at a time: one image of 1024 x 1024; bounds the memory
 
     def __init__(self, name: str, device, precision: str = "float32", expect: dict | None = None):
         from diffusers import AutoencoderKL
@@ -71,10 +71,10 @@ class Autoencoder:
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as problem:
             raise UserError(f"there is no AutoencoderKL of diffusers in {folder}: "
                             f"{(str(problem).splitlines() or [type(problem).__name__])[0]}") from None
-        self.vae = vae.eval().requires_grad_(False).to(device)
         channels, digest = vae.config.latent_channels, hashlib.sha256()
         for key, tensor in sorted(vae.state_dict().items()):
-            digest.update(key.encode() + tensor.float().cpu().numpy().tobytes())
+            digest.update(key.encode() + tensor.float().numpy().tobytes())
+        self.vae = vae.eval().requires_grad_(False).to(device)
         mean, std = (getattr(vae.config, key, None) for key in ("latents_mean", "latents_std"))
         self.facts = {
             "name": name, "revision": folder.name if folder.parent.name == "snapshots" else "",
@@ -93,13 +93,14 @@ class Autoencoder:
     @torch.no_grad()
     def moments(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, R, R) in [-1, 1] -> mean and standard deviation of the posterior (B, 2C, R/f, R/f), float32."""
-        posterior = self.vae.encode(x.to(self.dtype)).latent_dist
-        return torch.cat([posterior.mean, posterior.std], dim=1).float()
+        chunk = max(1, self.PIXELS // (x.shape[-1] * x.shape[-2]))
+        parts = [self.vae.encode(part.to(self.dtype)).latent_dist for part in x.split(chunk)]
+        return torch.cat([torch.cat([part.mean, part.std], dim=1).float() for part in parts])
 
     @torch.no_grad()
     def decode(self, x1: torch.Tensor) -> torch.Tensor:
         """Normalised latents (B, C, h, w) -> images (B, 3, R, R), about in [-1, 1], a few at a time."""
-        z = (x1 / self.scale + self.shift).to(self.dtype)
+        z = (x1.to(self.scale.device) / self.scale + self.shift).to(self.dtype)
         chunk = max(1, self.PIXELS // (z.shape[-1] * z.shape[-2] * self.factor**2))
         return torch.cat([self.vae.decode(part).sample.float() for part in z.split(chunk)])
 
@@ -148,10 +149,12 @@ class Cache:
         """What is known of the finished chunks, by number; a line that a kill cut off does not count."""
         found = {}
         for file in sorted(self.folder.glob("progress-*.jsonl")):
-            for line in file.read_text().splitlines(keepends=True):
-                if line.endswith("}\n"):
+            for line in file.read_text().splitlines():
+                try:
                     note = json.loads(line)
                     found[note["chunk"]] = note
+                except (ValueError, KeyError, TypeError):
+                    continue
         return found
 
     def write(self, chunk: int, moments: np.ndarray, note: dict) -> None:
@@ -176,7 +179,8 @@ class Cache:
         bad = {int(i): why for note in notes for i, why in note["bad"].items()}
         labels = np.load(self.folder / "labels.npy", allow_pickle=False)
         labels[list(bad)] = -1
-        np.save(self.folder / "labels.npy", labels)
+        np.save(self.folder / "labels.tmp.npy", labels)
+        os.replace(self.folder / "labels.tmp.npy", self.folder / "labels.npy")
         count = 2 * self.header["side"] ** 2 * (len(labels) - len(bad))
         mean = np.sum([note["sum"] for note in notes], axis=0) / count
         std = np.sqrt(np.sum([note["square"] for note in notes], axis=0) / count - mean**2)
@@ -190,17 +194,10 @@ class Cache:
         return header
 
 
-def encode_chunk(source, numbers: range, res: int, vae: Autoencoder, device, pool, skip_bad: bool):
+def encode_chunk(source, numbers: range, images: list, vae: Autoencoder, device, skip_bad: bool):
     """Moments (B, 2, 2C, h, w) float16 of some images and their mirror images, and a note about them."""
-    def read(i):
-        try:
-            return source.image(i, res), None
-        except UserError as problem:
-            return np.zeros((3, res, res), np.uint8), str(problem)
-
-    read_images = list(pool.map(read, numbers))
-    pixels = np.stack([image for image, _ in read_images])                          # (B, 3, R, R)
-    bad = {i: why for i, (_, why) in zip(numbers, read_images, strict=True) if why}
+    pixels = np.stack([image for image, _ in images])                               # (B, 3, R, R)
+    bad = {i: why for i, (_, why) in zip(numbers, images, strict=True) if why}
     if bad and not skip_bad:
         raise UserError(f"{next(iter(bad.values()))}, or leave out such images with --skip-bad")
     x = torch.from_numpy(pixels).to(device).float() / 127.5 - 1
@@ -223,6 +220,9 @@ def encode(dataset: str, res: int, where: str, vae_name: str, out: Path, split="
     ranks = processes.Ranks.start(device)
     try:
         source = sources.open_source(dataset, where, split)
+        if dataset == "celebahq" and len(source) not in (27_000, 30_000):
+            ranks.say(f"warning: CelebA-HQ has 30,000 images (27,000 for training in NVAE and LFM), {where} has "
+                      f"{len(source):,}")
         torch.backends.cudnn.allow_tf32 = False             # full float32 where float32 is asked for
         vae = Autoencoder(vae_name, ranks.device, precision)
         if res % vae.factor:
@@ -232,9 +232,7 @@ def encode(dataset: str, res: int, where: str, vae_name: str, out: Path, split="
                   "crop": "ADM: box halving, bicubic, centre", "classes": source.classes,
                   "fingerprint": source.fingerprint, "vae": vae.facts}
         cache = Cache(out, header, ranks.rank)
-        if ranks.first:
-            cache.prepare(source.names, source.labels)
-        ranks.barrier()
+        ranks.first_does(lambda: cache.prepare(source.names, source.labels))
         if data.read_header(out)["complete"]:
             ranks.say(f"{out} is complete already")
             return data.read_header(out)
@@ -243,21 +241,30 @@ def encode(dataset: str, res: int, where: str, vae_name: str, out: Path, split="
         todo = [c for c in range(-(-len(source) // batch)) if c not in done]
         if done:
             ranks.say(f"going on in {out}: {len(done)} of {len(done) + len(todo)} chunks were there")
+        chunks = {c: range(c * batch, min((c + 1) * batch, len(source))) for c in todo[ranks.rank :: ranks.world]}
+
+        def read(i):
+            try:
+                return source.image(i, res), None
+            except UserError as problem:
+                return np.zeros((3, res, res), np.uint8), str(problem)
+
         with ThreadPoolExecutor(max(1, workers)) as pool, tqdm(
                 total=len(source), initial=len(source) - sum(min(batch, len(source) - c * batch) for c in todo),
                 desc="encoding", unit="img", disable=not ranks.first) as bar:
-            for chunk in todo[ranks.rank :: ranks.world]:
-                numbers = range(chunk * batch, min((chunk + 1) * batch, len(source)))
-                cache.write(chunk, *encode_chunk(source, numbers, res, vae, ranks.device, pool, skip_bad))
-                bar.update(min(len(numbers) * ranks.world, bar.total - bar.n))
+            waiting = list(chunks)
+            ahead = pool.map(read, chunks[waiting[0]]) if waiting else None         # starts reading at once
+            for place, chunk in enumerate(waiting):
+                images = list(ahead)
+                if place + 1 < len(waiting):
+                    ahead = pool.map(read, chunks[waiting[place + 1]])
+                cache.write(chunk, *encode_chunk(source, chunks[chunk], images, vae, ranks.device, skip_bad))
+                bar.update(min(len(images) * ranks.world, bar.total - bar.n))
         ranks.barrier()
-        if ranks.first:
-            cache.complete()
-        ranks.barrier()
+        ranks.first_does(cache.complete)
         return data.read_header(out)
     except OSError as problem:
-        raise UserError(f"the cache {out} cannot be written: {problem}; what is there stays, the same command "
-                        "goes on") from None
+        raise UserError(f"encoding into {out} stopped: {problem}; the same command goes on from there") from None
     finally:
         ranks.stop()
 
@@ -265,7 +272,7 @@ def encode(dataset: str, res: int, where: str, vae_name: str, out: Path, split="
 def main(args) -> None:
     if args.res < 8 or args.batch < 1:
         raise UserError("--res must be at least 8 and --batch at least 1")
-    vae = args.vae or (config.SD_VAE if args.res > 256 else config.EQ_VAE)
+    vae = args.vae or config.standard_vae(args.res)
     out = Path(args.out or config.cache_folder(args.dataset, args.res, vae, args.split))
     header = encode(args.dataset, args.res, args.data, vae, out, args.split, args.batch, args.precision, args.workers,
                     args.skip_bad, args.device)

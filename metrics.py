@@ -16,6 +16,7 @@ One line of metrics.jsonl for every --log-every steps:
 import json
 import math
 import os
+import re
 import time
 from pathlib import Path
 
@@ -39,7 +40,9 @@ class Metrics:
         if ranks.first:
             lines = self.file.read_text().splitlines() if self.file.exists() else []
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-            self.file.write_text("".join(line + "\n" for line in kept))
+            temporary = self.file.with_suffix(".tmp")
+            temporary.write_text("".join(line + "\n" for line in kept))
+            os.replace(temporary, self.file)
             self.logger = open_logger(cfg, out)
         self.clear()
 
@@ -67,6 +70,10 @@ class Metrics:
         self.steps.append((step, len(self.rows)))
         self.norms.append(grad_norm)
 
+    def pause(self, began: float) -> None:
+        """Leaves out the time since `began`, of a checkpoint or of samples."""
+        self.began += time.perf_counter() - began
+
     def write(self, lr: float) -> dict:
         """One line for the steps since the last. Raises UserError, with step and band, at a loss that is not finite."""
         rows = self.ranks.sum(torch.stack(self.rows)).double().cpu()                # waits for device and processes
@@ -92,7 +99,7 @@ class Metrics:
             "grad_norm": sum(norms) / len(norms), "lr": lr,
             "images_per_second": images / seconds, "images_per_second_per_gpu": images / seconds / self.ranks.world,
             "data_wait": self.waited / seconds, "mfu": self.flops / seconds / peak if peak else None,
-            "memory_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else None,
+            "memory_gb": torch.cuda.max_memory_allocated(self.ranks.device) / 1e9 if cuda else None,
             "seconds_left": (cfg.steps - step) * seconds / len(self.steps)}
         if self.ranks.first:
             with open(self.file, "a") as file:
@@ -127,9 +134,11 @@ def open_logger(cfg: Config, out: Path):
                 writer.add_scalar(name, value, line["step"])
             writer.flush()
     else:
-        key = os.environ.get("WANDB_API_KEY") or (Path.home() / ".netrc").exists()
+        netrc = Path.home() / ".netrc"
+        key = os.environ.get("WANDB_API_KEY") or (netrc.exists() and "wandb" in netrc.read_text())
         mode = os.environ.get("WANDB_MODE") or ("online" if key else "offline")     # without a key it would ask for one
-        run = wandb.init(project="lapflow", name=out.name, dir=out, config=cfg.to_dict(), mode=mode, resume="allow")
+        run = wandb.init(project="lapflow", name=out.name, id=re.sub(r"\W+", "-", out.name), resume="allow", dir=out,
+                         config=cfg.to_dict(), mode=mode)
 
         def write(line):
             run.log(flat(line), step=line["step"])

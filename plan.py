@@ -9,10 +9,13 @@ stated share of the GPU's peak; nothing here was timed on a GPU.
 """
 
 import dataclasses
+from pathlib import Path
 
 import torch
 
-from config import CELEBAHQ, IMAGENET, PRESETS, Config, find_row
+import data
+import sources
+from config import CELEBAHQ, IMAGENET, PRESETS, Config, find_row, show
 from runs import build_model
 
 VAE_PARAMETERS = 83_653_863                                 # the autoencoder of Stable Diffusion; EQ-VAE is the same
@@ -91,13 +94,13 @@ def describe(cfg: Config, facts: dict | None = None, world: int = 1) -> str:
     images = cfg.batch * cfg.steps
     total = 3 * model.mean_flops() * images                 # backward is two forwards
     processes = sorted({world, 8}) if cfg.batch % 8 == 0 else [world]
-    memory = [f"{memory_bytes(model, cfg, -(-cfg.batch // n), n) / 1e9:.1f} GB on {n}" for n in processes]
+    memory = [f"{memory_bytes(model, cfg, -(-cfg.batch // n), n) / 1e9:.1f} GB on each of {n}" for n in processes]
     days = [f"{total / (8 * PEAK[name] * ASSUMED_MFU) / 86400:.2g} on 8 {name}" for name in ("H200", "A100", "4090")]
 
     def reported(key: str, text: str) -> str:
         return f"; the paper: {text.format(paper[key])}" if key in paper else ""
 
-    return "\n".join([
+    lines = [
         f"row        {row or 'none of the paper'}" + (f"; the paper reports {said(paper)}" if paper else ""),
         f"input      {channels} x {side} x {side}, {model.num_scales} bands, {classes} classes",
         f"parameters {millions:.1f} M" + (f", {millions + vae / 1e6:.1f} M with the VAE" if vae else "")
@@ -108,8 +111,24 @@ def describe(cfg: Config, facts: dict | None = None, world: int = 1) -> str:
         f"mean {model.mean_flops() / 1e9:.4g}",
         f"training   {cfg.steps:,} steps of {cfg.batch} images"
         + (f" = {images / count:,.1f} epochs of {count:,}" if count else "") + f"; {total:.2e} FLOPs",
-        f"memory     {', '.join(memory)} GPUs without micro-batches (estimated)" + reported("memory", "{} GB on 8"),
-        f"days       {', '.join(days)} at {ASSUMED_MFU:.0%} of the peak (assumed)" + reported("days", "{} on 8 H200")])
+        f"memory     {', '.join(memory)} without micro-batches (estimated)" + reported("memory", "{} GB on 8")]
+    if total > 1e18:                                        # what a GPU needs more than an hour for
+        lines.append(f"days       {', '.join(days)} at {ASSUMED_MFU:.0%} of the peak (assumed)"
+                     + reported("days", "{} on 8 H200"))
+    return "\n".join(lines)
+
+
+def dry_run(cfg: Config) -> str:
+    """What a run is and costs, from what can be known quickly: of a folder the names, of a cache the header."""
+    facts, header = None, data.read_header(Path(cfg.latents)) if cfg.space == "latent" else None
+    if header:
+        facts = header
+    elif cfg.dataset in ("digits", "photos"):
+        facts = data.facts(data.load(cfg))
+    elif cfg.data:
+        source, (channels, _, side, _) = sources.open_source(cfg.dataset, cfg.data), shapes(cfg)
+        facts = {"channels": channels, "side": side, "classes": source.classes, "count": len(source)}
+    return f"{show(cfg)}\n{describe(cfg, facts)}"
 
 
 def said(paper: dict) -> str:

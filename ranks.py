@@ -9,6 +9,7 @@ not fit at once; every loss is divided by the GLOBAL number of rows, so gradient
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -46,6 +47,8 @@ class Ranks:
         if "RANK" not in os.environ:
             return cls(0, 1, best_device(device))
         local = int(os.environ.get("LOCAL_RANK", 0))
+        if device and ":" in device:
+            raise UserError(f"torchrun gives every process a GPU of its own: leave out --device {device}")
         if device in (None, "cuda") and torch.cuda.is_available():
             if local >= torch.cuda.device_count():
                 raise UserError(f"torchrun started a process for GPU {local}, but this machine has "
@@ -79,8 +82,27 @@ class Ranks:
         """True in all processes when it is in one. Goes over the CPU: the GPU's queue is not waited for."""
         return bool(self.sum(torch.tensor(float(flag))).item()) if self.world > 1 else flag
 
+    def least(self, value: float) -> float:
+        """The smallest of all processes' values."""
+        value = torch.tensor(value, dtype=torch.float64)
+        if self.world > 1:
+            dist.all_reduce(value, dist.ReduceOp.MIN)
+        return value.item()
+
     def barrier(self) -> None:
         self.any(False)
+
+    def first_does(self, work: Callable):
+        """The first process works and the others wait; when it fails, it says why and all end. Returns its result."""
+        result = problem = None
+        if self.first:
+            try:
+                result = work()
+            except UserError as error:
+                problem = error
+        if self.any(problem is not None):
+            raise problem or SystemExit(1)
+        return result
 
     def rows(self, batch: int, micro_batch: int) -> list[slice]:
         """The micro-batches of this process: slices of the global batch, at most micro_batch rows each (0: all).

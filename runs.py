@@ -67,10 +67,10 @@ class Run:
         return data.to_images(x1 if self.facts.get("latent") is None else self.autoencoder.decode(x1))
 
 
-def load_run(name: str | None = None, raw: bool = False, device: str | None = None) -> Run:
+def load_run(name: str | None = None, raw: bool = False, device: str | None = None, vae: str | None = None) -> Run:
     """A run directory (its newest whole checkpoint), an export, or an export on the hub; None: the newest run.
 
-    Raises UserError when there is none.
+    vae: where its autoencoder is now. Raises UserError when there is no such run.
     """
     folder = Path(name) if name else checkpoint.newest_run()
     if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(name)) and name.count("/") == 1 \
@@ -87,7 +87,7 @@ def load_run(name: str | None = None, raw: bool = False, device: str | None = No
         if state is None:
             raise UserError(f"{str(folder)!r} holds no checkpoint; train with python train.py --out {folder}")
         weights = "raw" if raw or state["ema"] is None else "ema"
-    cfg, facts = Config.from_dict(state["config"]), state["data"]
+    cfg, facts = Config.from_dict({**state["config"], **({"vae": vae} if vae else {})}), state["data"]
     model = build_model(cfg, facts["channels"], len(facts["classes"]), facts.get("side"))
     load_weights(model, state["ema" if weights == "ema" else "model"], folder)
     model.eval().requires_grad_(False).to(best_device(device))
@@ -103,7 +103,7 @@ def load_weights(model: torch.nn.Module, weights: dict, where) -> None:
                         f"{str(problem).splitlines()[-1].strip()}") from None
 
 
-def fine_tune(model: MoTDiT, name: str, classes: list[str]) -> list[str]:
+def fine_tune(model: MoTDiT, name: str, classes: list[str], latent: dict | None) -> list[str]:
     """Starts `model` from the weights of another run, checkpoint file or export: --init. Returns what was said of them.
 
     Positions are computed and not stored, so any resolution fits. The label table starts anew when the classes differ.
@@ -123,6 +123,8 @@ def fine_tune(model: MoTDiT, name: str, classes: list[str]) -> list[str]:
     elif facts["classes"] and not classes:
         weights.pop("label.weight")
         said.append("this run has no classes: the label table is left out")
+    if (facts.get("latent") or {}).get("sha256") != (latent or {}).get("sha256"):
+        said.append("it was trained on other latents, or on pixels: another autoencoder than this run's")
     if (side := facts.get("side")) not in (None, model.resolution):
         said.append(f"it was trained on {side} x {side}, this run is {model.resolution} x {model.resolution}: "
                     "positions are recomputed")

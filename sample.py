@@ -279,14 +279,15 @@ def draw_trajectory(path: Path, run: Run, labels: np.ndarray | None, seed: int =
 
 def main(args) -> None:
     config.check_sampling_flags(args, least=1)
-    run = load_run(args.run, args.raw, args.device)
+    run = load_run(args.run, args.raw, args.device, args.vae)
     if args.export:
         runs.export(run, Path(args.export))
         print(f"wrote      {args.export}/model.safetensors, config.json: {run.weights} weights at step {run.step}; "
               f"python sample.py --run {args.export}")
         return
     labels, settings = choose_labels(args.labels, args.num, run.classes), solver_settings(run.cfg, args)
-    out = Path(args.out or run.folder / "samples")
+    named = args.run is None or Path(args.run).exists()     # and not in the cache of the hub
+    out = Path(args.out or (run.folder / "samples" if named else "samples"))
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as problem:

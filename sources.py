@@ -17,6 +17,7 @@ import math
 import os
 import re
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -58,7 +59,7 @@ class Source:
         """Image i as uint8 (3, R, R). Raises UserError naming the file when it cannot be read."""
         try:
             opened = self.open(i)
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile, RuntimeError) as problem:
+        except (OSError, KeyError, ValueError, zipfile.BadZipFile, zlib.error, RuntimeError) as problem:
             raise UserError(f"cannot read {self.names[i]!r} of {self.where}: {problem}") from None
         return read_image(opened, resolution, self.names[i])
 
@@ -98,6 +99,8 @@ def arrange(where: str, names: list[str], split: str, strip: bool) -> tuple[list
     """
     images = sorted((n for n in names if PurePosixPath(n).suffix.lower() in EXTENSIONS
                      and not any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(n).parts)), key=natural)
+    faces = [n for n in images if "CelebA-HQ-img" in PurePosixPath(n).parts]
+    images = faces or images                                # CelebAMask-HQ comes with a mask for every part of a face
     parts = [PurePosixPath(n).parts for n in images]
     depth = 0
     while strip and parts and len({p[depth] for p in parts}) == 1 and all(len(p) > depth + 1 for p in parts):
@@ -171,8 +174,8 @@ def _lmdb(path: Path) -> Source:
             raw = reading.get(str(i).encode())
         if raw is None:
             raise KeyError("there is no such key")
-        side = math.isqrt(len(raw) // 3)
-        if 3 * side * side == len(raw):                     # NVAE and LFM at 256: bytes (H, W, 3) without a header
+        side, encoded = math.isqrt(len(raw) // 3), raw[:4] in (b"\x89PNG", b"RIFF") or raw[:3] == b"\xff\xd8\xff"
+        if 3 * side * side == len(raw) and not encoded:     # NVAE and LFM at 256: bytes (H, W, 3) without a header
             return np.frombuffer(raw, np.uint8).reshape(side, side, 3)
         return io.BytesIO(raw)
 

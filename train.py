@@ -13,7 +13,6 @@ import copy
 import json
 import math
 import os
-import re
 import signal
 import sys
 import time
@@ -26,7 +25,7 @@ if __name__ == "__main__":                                  # before torch is lo
     config.add_config_flags(PARSER)
     PARSER.add_argument("--fresh", action="store_true", help="delete the run's checkpoints and start over")
     PARSER.add_argument("--dry-run", action="store_true", help="print what the run is and what it costs, and leave")
-    PARSER.add_argument("--stop-after", metavar="TIME", default="", help="save and leave after 90s, 50m or 23.5h")
+    PARSER.add_argument("--stop-after", metavar="TIME", default="", help="save and leave after 90s, 50m, 23.5h")
     PARSER.add_argument("--record", metavar="FILE", help="append the scores and how they were made to a .jsonl file")
     PARSER.add_argument("--device", help="cpu, cuda, cuda:1, mps [the best there is]")
     ARGUMENTS = vars(PARSER.parse_args())
@@ -67,16 +66,16 @@ def update_ema(ema, model, decay: float, step: int) -> None:
 def restore(cfg: Config, out: Path, ranks: Ranks, facts: dict, model, ema, optimizer) -> tuple[int, bool]:
     """Continues where the newest checkpoint ends: the same command again, no flag. Returns its step (0: none), and
     whether it must be saved again for sampling settings that changed. Raises UserError when it is of another run."""
-    state = checkpoint.load_newest(out) if ranks.first else None
+    state = ranks.first_does(lambda: checkpoint.load_newest(out))
     step = int(ranks.sum(torch.tensor(float(state["step"] if state else 0))))       # the same one in all processes
     if not step:
         if cfg.init:
-            for text in runs.fine_tune(model, cfg.init, facts["classes"]):
+            for text in runs.fine_tune(model, cfg.init, facts["classes"], facts["latent"]):
                 ranks.say(text)
             if ema is not None:
                 ema.load_state_dict(model.state_dict())
         return 0, False
-    state = state or checkpoint.read(checkpoint.path(out, step))
+    state = state or checkpoint.read(checkpoint.path(out, step), checked=True)
     old = Config.from_dict(state["config"])
     changed = [f"{name} was {getattr(old, name)!r} and is now {getattr(cfg, name)!r}"
                for name in config.differences(old, cfg)]
@@ -97,17 +96,22 @@ def restore(cfg: Config, out: Path, ranks: Ranks, facts: dict, model, ema, optim
 
 
 def glance(run: runs.Run, dataset) -> None:
-    """In the midst of training: a grid of samples, and scores, each at its interval."""
-    cfg, step, matmul = run.cfg, run.step, torch.get_float32_matmul_precision()
-    for every, num in ((cfg.sample_every, 16), (cfg.eval_every, cfg.num_samples)):
-        if every and step % every == 0:
+    """In the midst of training: a grid of samples, and scores, each at its interval. What goes wrong is said."""
+    cfg, matmul = run.cfg, torch.get_float32_matmul_precision()
+    for what, every, num in (("grid", cfg.sample_every, 16), ("scores", cfg.eval_every, cfg.num_samples)):
+        if not every or run.step % every:
+            continue
+        try:
             labels = sample.choose_labels("balanced", num, run.classes)
-            images, report = sample.generate(run, num, labels, progress=False, **sample.solver_settings(cfg))
-            pictures.draw_grid(run.folder / f"samples-{step:08d}.png", images[:100],
-                               None if labels is None else labels[:100], run.classes)
-            if num == cfg.num_samples:
+            with torch.compiler.set_stance("force_eager"):  # compiled graphs are for training's shapes
+                images, report = sample.generate(run, num, labels, progress=False, **sample.solver_settings(cfg))
+            if what == "grid":
+                pictures.draw_grid(run.folder / f"samples-{run.step:08d}.png", images, labels, run.classes)
+            else:
                 with open(run.folder / "scores.jsonl", "a") as file:
                     file.write(json.dumps({**report, **fid.evaluate(dataset, images, labels, run.decode)}) + "\n")
+        except (UserError, torch.OutOfMemoryError) as problem:
+            print(f"no samples at step {run.step}: {problem}; training goes on", file=sys.stderr)
     torch.set_float32_matmul_precision(matmul)              # sampling sets it to full
 
 
@@ -143,18 +147,19 @@ def main(cfg: Config, fresh=False, device=None, record=None, stop_after: float =
     if not ranks.first or run is None:
         return
     pictures.draw_loss(run.folder)
-    scores = finish(run, dataset)
+    with torch.compiler.set_stance("force_eager"):          # compiled graphs are for training's shapes
+        scores = finish(run, dataset)
     if not resumed:
         scores["seconds_total"] = time.perf_counter() - began
     if record:
-        fid.record(Path(record), run, scores)
+        fid.record(Path(record), cfg, run.device, scores)
     print(f"time       {time.perf_counter() - began:.0f} s in all" + (", since it was continued" if resumed else ""))
     files = sorted(path.name for path in run.folder.iterdir() if path.is_file())
     print(f"wrote      {', '.join(files)} in {run.folder}")
     print(f"next       python sample.py --run {run.folder}    python fid.py --run {run.folder}")
 
 
-def train(cfg: Config, fresh: bool, ranks: Ranks, record: str | None, deadline: float):
+def train(cfg: Config, fresh: bool, ranks: Ranks, record: str | None, deadline: float, dataset=None):
     """The loop. Returns the trained run (None when it was stopped early), its data, and whether it was continued."""
     device = ranks.device
     torch.manual_seed(cfg.seed)
@@ -164,10 +169,10 @@ def train(cfg: Config, fresh: bool, ranks: Ranks, record: str | None, deadline: 
     fid.check_record(record)
     if cfg.space == "pixel":                                # what does not fit is said before a folder is read
         plan.meta_model(cfg, 1, 0, cfg.res)
-    dataset = data.load(cfg)
+    dataset = dataset or data.load(cfg)
     sample.check_guidance(cfg, cfg.cfg_scale, dataset.classes)
     dataset.to(device)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+    free = ranks.least(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf)
     model = runs.build_model(cfg, dataset.channels, len(dataset.classes), dataset.side).to(device)
     share = max(1, cfg.batch // ranks.world)
     rows = ranks.rows(cfg.batch, cfg.micro_batch or plan.fit_micro_batch(model, cfg, share, free, ranks.world))
@@ -178,9 +183,8 @@ def train(cfg: Config, fresh: bool, ranks: Ranks, record: str | None, deadline: 
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2),
                                   weight_decay=cfg.weight_decay, fused=device.type in ("cpu", "cuda"))
     out = Path(cfg.out)
-    if ranks.first:
-        checkpoint.prepare(out, fresh, room=(cfg.keep + 1) * model.count_parameters() * 4 * (4 if cfg.ema else 3))
-    ranks.barrier()
+    kept = cfg.keep + 1 + (cfg.steps // cfg.keep_every if cfg.keep_every else 0)
+    ranks.first_does(lambda: checkpoint.prepare(out, fresh, kept * model.count_parameters() * (16 if cfg.ema else 12)))
     facts = data.facts(dataset)
     step, renew = restore(cfg, out, ranks, facts, model, ema, optimizer)
     resumed, sync = step > 0, GradientSync(model, ranks)
@@ -196,12 +200,15 @@ def train(cfg: Config, fresh: bool, ranks: Ranks, record: str | None, deadline: 
 
     weights, name = (ema, "ema") if ema is not None else (model, "raw")
     run = runs.Run(cfg, weights, facts, out, step, name)
+    if dataset.latent:
+        ranks.first_does(lambda: run.autoencoder)           # samples need it: if it is not there, say so now
+    if step < cfg.steps:
+        (out / "scores.json").unlink(missing_ok=True)       # of a shorter run
 
     def save():
-        if ranks.first:
-            checkpoint.save(out, {"step": step, "config": cfg.to_dict(), "data": facts, "model": model.state_dict(),
-                                  "ema": ema.state_dict() if ema is not None else None,
-                                  "optimizer": optimizer.state_dict()}, cfg.keep, cfg.keep_every)
+        state = {"step": step, "config": cfg.to_dict(), "data": facts, "model": model.state_dict(),
+                 "ema": ema.state_dict() if ema is not None else None, "optimizer": optimizer.state_dict()}
+        ranks.first_does(lambda: checkpoint.save(out, state, cfg.keep, cfg.keep_every))
 
     stopped, ending = [], False                             # a signal: end this step, save, leave
     handlers = {s: signal.signal(s, lambda number, _: stopped.append(number)) for s in SIGNALS}
@@ -241,11 +248,12 @@ def train(cfg: Config, fresh: bool, ranks: Ranks, record: str | None, deadline: 
             if step % cfg.log_every == 0 or step % cfg.save_every == 0 or ending:
                 line = metrics.write(lr)                    # raises before a bad state could be saved
                 bar.set_postfix(loss=f"{line['loss']:.4f}", images_per_s=f"{line['images_per_second']:.0f}")
+            run.step, pause = step, time.perf_counter()
             if step % cfg.save_every == 0 or ending:
                 save()
-            run.step = step
-            if ranks.first and step < cfg.steps:
+            if ranks.first and not ending:
                 glance(run, dataset)
+            metrics.pause(pause)
     finally:
         bar.close()
         batches.close()
@@ -260,27 +268,12 @@ def train(cfg: Config, fresh: bool, ranks: Ranks, record: str | None, deadline: 
     return run, dataset, resumed
 
 
-def seconds(text: str) -> float:
-    """"90s", "50m", "23.5h" or plain seconds; "" is for ever. Raises UserError for anything else."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
-    if text and not found:
-        raise UserError(f"--stop-after takes a time like 90s, 50m or 23.5h, not {text!r}")
-    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]] if text else math.inf
-
-
-def dry_run(cfg: Config) -> None:
-    """Prints the configuration and its cost; reads the data only where that is quick."""
-    facts = data.facts(data.load(cfg)) if cfg.dataset in ("digits", "photos") or (
-        cfg.space == "latent" and Path(cfg.latents, "header.json").exists()) else None
-    print(f"{config.show(cfg)}\n{plan.describe(cfg, facts)}")
-
-
 if __name__ == "__main__":
     try:
         extra = {name: ARGUMENTS.pop(name) for name in ("fresh", "device", "record", "stop_after", "dry_run")}
-        extra["stop_after"] = seconds(extra["stop_after"])
+        extra["stop_after"] = config.seconds(extra["stop_after"])
         if extra.pop("dry_run"):
-            dry_run(config.resolve(ARGUMENTS))
+            print(plan.dry_run(config.resolve(ARGUMENTS)))
         else:
             main(config.resolve(ARGUMENTS), **extra)
     except UserError as problem:

@@ -13,7 +13,7 @@ from conftest import ROOT
 QUICK = ["--size", "32,2,2,2", "--steps", "6", "--batch", "16", "--solver", "midpoint", "--solver-steps", "4"]
 
 
-@pytest.mark.parametrize("script", ["train.py", "sample.py", "fid.py"])
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "fid.py", "latents.py", "bench.py"])
 def test_help_is_worth_reading_and_does_not_wait_for_torch(run_script, tmp_path, script):
     out = run_script(script, "--help").stdout
     assert "python " + script in out and len(out.splitlines()) > 20
@@ -107,6 +107,7 @@ def commands_of_the_readme() -> list[str]:
     return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line.startswith("python ")]
 
 
+@pytest.mark.slow
 def test_every_command_of_the_readme_runs(run_script, tmp_path):
     """In their order, in one directory; training is shortened, and the folder they speak of is made here."""
     for i in range(4):                                                          # too few to score: that is said

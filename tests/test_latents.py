@@ -96,6 +96,7 @@ def test_the_cache_holds_the_posterior_of_every_image_and_of_its_mirror_image(tm
     assert encode(tmp_path / "cache", images, vae) == header                    # complete: nothing to do
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_by_other_processes_it_has_the_same_bytes(tmp_path, images, vae):
     """kill -9 after the first chunks of a single process; two processes finish."""
     encode(tmp_path / "whole", images, vae)
@@ -177,6 +178,39 @@ def test_a_cache_that_does_not_match_is_refused_by_name(tmp_path, images, vae):
             data.load(run_of(tmp_path / "run", cache, vae))
 
 
+def test_a_cache_of_other_images_than_those_named_is_refused(tmp_path, images, vae):
+    encode(tmp_path / "cache", images, vae)
+    assert len(data.load(run_of(tmp_path / "run", tmp_path / "cache", vae, data=str(images)))) == 20
+    (tmp_path / "other").mkdir()
+    picture(0).save(tmp_path / "other" / "0.png")
+    with pytest.raises(UserError, match="was made of other images than"):
+        data.load(run_of(tmp_path / "run", tmp_path / "cache", vae, data=str(tmp_path / "other")))
+
+
+def test_a_kill_while_completing_costs_nothing(tmp_path, images, vae, monkeypatch):
+    whole = encode(tmp_path / "whole", images, vae)
+    for place in ("replace", "unlink"):                     # before the labels or the header are there, and after both
+        with monkeypatch.context() as patch:
+            if place == "replace":
+                patch.setattr(latents.Cache, "complete", lambda cache: (_ for _ in ()).throw(KeyboardInterrupt))
+            else:
+                patch.setattr(Path, "unlink", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                encode(tmp_path / place, images, vae)
+        assert encode(tmp_path / place, images, vae) == whole
+
+
+@pytest.mark.parametrize("where", ["cpu", "meta"])
+def test_references_and_decoding_meet_on_the_device_of_the_statistics(tmp_path, images, vae, where):
+    """A cache too large for the GPU stays in memory while its statistics are there (meta stands in for the GPU)."""
+    encode(tmp_path / "cache", images, vae)
+    dataset = data.load(run_of(tmp_path / "run", tmp_path / "cache", vae))
+    dataset.to(torch.device(where))
+    x1, y = dataset.reference(7)
+    assert x1.device.type == where and x1.shape == (7, 4, 16, 16) and len(y) == 7
+    assert latents.Autoencoder(str(vae), where).decode(torch.zeros(2, 4, 16, 16)).device.type == where
+
+
 def test_batches_are_fresh_normalised_samples_of_the_posterior(tmp_path, images, vae):
     encode(tmp_path / "cache", images, vae)
     dataset = data.load(run_of(tmp_path / "run", tmp_path / "cache", vae))
@@ -230,6 +264,7 @@ def test_the_hub_out_of_reach_is_said(monkeypatch, tmp_path):
 # training and sampling
 
 
+@pytest.mark.slow
 def test_encode_train_sample_decode(tmp_path, images, vae, run_script, give_up):
     """The whole path through the scripts, as a user runs it."""
     out = run_script("latents.py", "--data", images, "--res", "32", "--vae", vae, "--device", "cpu").stdout
@@ -327,6 +362,12 @@ def test_zip_and_folder_give_the_same(tmp_path, images):
         for file in images.glob("*/*.png"):
             archive.write(file, f"some/top/{file.relative_to(images)}")
         archive.writestr("__MACOSX/some/._x.png", b"")
+    with zipfile.ZipFile(tmp_path / "masks.zip", "w") as archive:               # CelebAMask-HQ: masks beside the faces
+        for i in range(3):
+            archive.writestr(f"CelebAMask-HQ/CelebA-HQ-img/{i}.jpg", png(i))
+            archive.writestr(f"CelebAMask-HQ/CelebAMask-HQ-mask-anno/0/0000{i}_nose.png", png(i))
+    faces = sources.open_source("celebahq", str(tmp_path / "masks.zip"))
+    assert [Path(name).name for name in faces.names] == ["0.jpg", "1.jpg", "2.jpg"]
     folder, packed = (sources.open_source("folder", str(p)) for p in (images, tmp_path / "images.zip"))
     assert packed.classes == folder.classes == ["9", "10"] and packed.labels == folder.labels
     for i in (0, 19):

@@ -80,8 +80,11 @@ def test_a_preset_yields_to_the_user():
         config.resolve({"dataset": "dogs"})
     with pytest.raises(UserError, match="unknown preset 'dogs'; python plan.py"):
         config.resolve({"preset": "dogs"})
+    for res, vae in ((256, config.EQ_VAE), (512, config.SD_VAE)):               # the paper's, for any data set
+        for dataset in ("folder", "imagenet", "celebahq"):
+            assert config.resolve({"dataset": dataset, "space": "latent", "res": res}).vae == vae
     with pytest.raises(UserError, match="add --vae"):
-        config.resolve({"dataset": "folder", "space": "latent"})
+        Config(dataset="folder", space="latent")
     with pytest.raises(UserError, match="unknown settings.*colour"):
         Config.from_dict({"colour": 1})
 

@@ -348,3 +348,58 @@ def test_a_folder_that_changed_is_not_continued(tmp_path):
     (tmp_path / "images" / "c.png").rename(tmp_path / "images" / "d.png")
     with pytest.raises(UserError, match="other images or classes"):
         train.main(cfg, device="cpu")
+
+
+def test_checkpoints_at_multiples_stay_and_unfinished_ones_go(tmp_path):
+    cfg = tiny(tmp_path, save_every=2, keep=1, keep_every=8)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "step-00000001.tmp").write_text("of a save that was killed")
+    train.main(cfg, device="cpu")
+    assert [p.name for p in sorted((tmp_path / "run").glob("step-*"))] == [
+        "step-00000008.pt", "step-00000016.pt", "step-00000020.pt"]
+
+
+def test_too_little_disk_for_the_checkpoints_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    with pytest.raises(UserError, match="the checkpoints need .* GB more, but there are 0.0 GB free"):
+        train.main(tiny(tmp_path), device="cpu")
+
+
+def test_samples_that_fail_in_the_midst_do_not_end_training(tmp_path, monkeypatch, capsys):
+    generate, calls = sample.generate, []
+
+    def fail_first(*arguments, **settings):
+        calls.append(1)
+        if len(calls) == 1:
+            raise UserError("dopri5 cannot meet the tolerance")
+        return generate(*arguments, **settings)
+
+    monkeypatch.setattr(sample, "generate", fail_first)
+    train.main(tiny(tmp_path, sample_every=5, eval_every=10), device="cpu")
+    assert "no samples at step 5: dopri5 cannot meet the tolerance; training goes on" in capsys.readouterr().err
+    run = tmp_path / "run"
+    assert sorted(p.name for p in run.glob("samples-*.png")) == ["samples-00000010.png", "samples-00000015.png"]
+    assert [json.loads(line)["step"] for line in open(run / "scores.jsonl")] == [10]
+    assert state(tiny(tmp_path))["step"] == 20
+
+
+def test_wandb_never_asks_and_continues_its_run(tmp_path, monkeypatch):
+    """With a stand-in for the package: offline without a key, one run for each directory, numbers only."""
+    import sys
+    import types
+
+    calls = []
+    fake = types.SimpleNamespace(init=lambda **kw: (calls.append(kw), types.SimpleNamespace(
+        log=lambda line, step: calls.append((step, line))))[1])
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    train.main(tiny(tmp_path, log="wandb", steps=5), device="cpu")
+    assert calls[0]["mode"] == "offline" and calls[0]["id"] == "run" and calls[0]["resume"] == "allow"
+    step, line = calls[1]
+    assert step == 5 and {"loss", "loss_bands/0", "loss_bins/0/3", "lr"} <= set(line)
+    assert all(isinstance(value, (int, float)) for value in line.values())
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="--log wandb needs its package: pip install wandb"):
+        train.main(tiny(tmp_path, "other", log="wandb"), device="cpu")
