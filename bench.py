@@ -2,32 +2,40 @@
 
     python bench.py train --preset celebahq-256 --record results/bench.jsonl
     torchrun --nproc_per_node=8 bench.py train --preset celebahq-1024 --steps 200
+    python bench.py fid --record results/bench.jsonl
 
 train: the preset's own training loop (its batch, precision, compilation, cache) on random latents of its real shapes;
 from its metrics, over the second half, the medians of images per second and share of the peak, and the peak of memory.
+
+fid: statistics of 50,000 x 2,048 random features, as of FID-50k, added up in batches, and the Frechet distance of two
+such sets; without the network, which is the larger part of an evaluation.
 """
 
 import json
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import config
 
 if __name__ == "__main__":                                  # before torch is loaded: --help answers at once
-    PARSER = config.parser(__doc__, "python bench.py train --preset NAME [--setting VALUE ...] [--record FILE]")
-    PARSER.add_argument("what", choices=("train",))
+    PARSER = config.parser(__doc__, "python bench.py train|fid [--preset NAME] [--setting VALUE ...] [--record FILE]")
+    PARSER.add_argument("what", choices=("train", "fid"))
     config.add_config_flags(PARSER)
     PARSER.add_argument("--record", metavar="FILE", help="append the result and how it was made to a .jsonl file")
     PARSER.add_argument("--device", help="cpu, cuda, cuda:1, mps [the best there is]")
     ARGUMENTS = vars(PARSER.parse_args())
 
 import numpy as np
+import torch
 
 import data
+import features
 import fid
 import plan
+import runs
 import train
 from config import Config, UserError
 from ranks import Ranks
@@ -67,12 +75,31 @@ def bench_train(cfg: Config, ranks: Ranks, folder: Path) -> dict:
             "parameters": run.model.count_parameters(), "batch": cfg.batch}
 
 
+def bench_fid(count: int = 50_000, dim: int = 2048, batch: int = 250) -> dict:
+    """Seconds and peak memory of what fid.py does with the features of `count` images."""
+    generator, made, began = np.random.default_rng(0), [], time.perf_counter()
+    for scale in (1.0, 1.1):
+        statistics = features.Statistics({})
+        for _ in range(count // batch):
+            drawing = time.perf_counter()
+            drawn = scale * generator.standard_normal((batch, dim), np.float32)
+            began += time.perf_counter() - drawing          # making them up does not count
+            statistics.add(drawn)
+        made.append((statistics.mean, statistics.cov))
+    added = time.perf_counter()
+    distance = fid.frechet_distance(*made[0], *made[1])
+    return {"images": count, "features": dim, "seconds_statistics_of_one": (added - began) / 2,
+            "seconds_distance": time.perf_counter() - added, "frechet": distance,
+            "memory_gb": runs.peak_memory(torch.device("cpu"))}
+
+
 def main(arguments: dict) -> None:
-    record, device = arguments.pop("record"), arguments.pop("device")
-    arguments.pop("what")
+    record, device, what = arguments.pop("record"), arguments.pop("device"), arguments.pop("what")
     fid.check_record(record)
+    if what == "fid":
+        return show(bench_fid(), record, Config(), torch.device("cpu"))
     with tempfile.TemporaryDirectory() as folder:
-        given = {"steps": 200, "log_every": 10, "save_every": 10**9, "keep": 1, "sample_every": 0, "log": ""}
+        given = {"steps": 200, "log_every": 10, "save_every": 10**9, "keep": 1, "sample_every": 0, "logger": ""}
         cfg = config.resolve({**given, **arguments, "out": str(Path(folder) / "run")})
         ranks = Ranks.start(device)
         try:
@@ -81,10 +108,14 @@ def main(arguments: dict) -> None:
             ranks.stop()
         if not ranks.first:
             return
-        for name, value in result.items():
-            print(f"{name:20s} {'unknown' if value is None else value}")
-        if record:
-            fid.record(Path(record), cfg, ranks.device, result)
+        show(result, record, cfg, ranks.device)
+
+
+def show(result: dict, record: str | None, cfg: Config, device) -> None:
+    for name, value in result.items():
+        print(f"{name:26s} {'unknown' if value is None else value}")
+    if record:
+        fid.record(Path(record), cfg, device, result)
 
 
 if __name__ == "__main__":

@@ -114,5 +114,5 @@ def newest_run(root: Path = Path("out")) -> Path:
     runs = {path.parent: path.stat().st_mtime for path in sorted(root.glob("**/step-*.pt"))}
     if not runs:
         raise UserError(f"there is no trained run below {str(root)!r}; train one with python train.py, "
-                        "or name its directory with --run DIR")
+                        "or name its directory")
     return max(runs, key=runs.get)

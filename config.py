@@ -17,7 +17,7 @@ SPACES = ("pixel", "latent")
 NOISES = ("pyramid", "independent")
 STAGES = ("stratified", "batch")
 PRECISIONS = ("float32", "bfloat16")
-LOGS = ("", "tensorboard", "wandb")
+LOGGERS = ("", "tensorboard", "wandb")
 SOLVERS = ("dopri5", "euler", "midpoint", "heun", "rk4")
 
 
@@ -84,7 +84,7 @@ class Config:
     sample_every: int = option(0, "steps between grids of 16 samples (0: only at the end)", free=True)
     eval_every: int = option(0, "steps between scores of --num-samples images (0: only at the end)", free=True)
     log_every: int = option(20, "steps between lines of metrics.jsonl", free=True)
-    log: str = option("", "also log to tensorboard or wandb", free=True)
+    logger: str = option("", "also log to tensorboard or wandb", free=True)
     save_every: int = option(250, "steps between checkpoints", free=True)
     keep: int = option(2, "checkpoints kept, newest first", free=True)
     keep_every: int = option(0, "checkpoints at multiples of this step stay for good (0: none)", free=True)
@@ -114,7 +114,7 @@ class Config:
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} must be above 0, not {getattr(self, name)}")
         for name, choices in (("dataset", DATASETS), ("space", SPACES), ("noise", NOISES), ("stages", STAGES),
-                              ("precision", PRECISIONS), ("log", LOGS)):
+                              ("precision", PRECISIONS), ("logger", LOGGERS)):
             if getattr(self, name) not in choices:
                 known = ", ".join(choice for choice in choices if choice)
                 raise UserError(f"unknown {name} {getattr(self, name)!r}; choose one of {known}")
@@ -264,11 +264,17 @@ def add_config_flags(to: argparse.ArgumentParser) -> None:
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that sample.py and fid.py share; what is not given comes from the run."""
-    parser.add_argument("--run", help="directory of the run [the newest below out/]")
+    """The flags that sample.py and fid.py share; what is not given comes from the run.
+
+    torchrun completes shortened flags, of the script's too: no flag may begin one of its own (a test looks). -n is
+    there because --num is the beginning of torchrun's --numa-binding.
+    """
     parser.add_argument("--seed", type=int, default=0, help="image i depends on this seed and on i [0]")
     parser.add_argument("--labels", default="balanced", help="balanced (classes in turn), or one label or class name")
     parser.add_argument("--cfg", type=float, help="guidance scale w; 1 is none")
+    parser.add_argument("--cfg-interval", type=numbers, metavar="T,T", help="times with guidance [0,1]")
+    parser.add_argument("--precision", choices=PRECISIONS, help="of the network; the solver is float32 [float32]")
+    parser.add_argument("--compile", action="store_true", help="compile the transformer blocks")
     parser.add_argument("--solver", choices=SOLVERS, help="dopri5 is adaptive, the others take --steps")
     parser.add_argument("--rtol", type=float, help="relative tolerance of dopri5")
     parser.add_argument("--atol", type=float, help="absolute tolerance of dopri5")

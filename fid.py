@@ -1,13 +1,16 @@
-"""Scores: how close generated images are to real ones, with measures that need no download.
+"""Scores: how close generated images are to real ones.
 
-    python fid.py                            500 images of the newest run against its own training data
-    python fid.py --num 1000 --cfg 1.5       another number, with guidance
-    python fid.py --samples DIR/samples.npz  images that sample.py wrote
+    python fid.py                               500 images of the newest run against its own training data, no download
+    python fid.py RUN --num 1000 --cfg 1.5      another run, another number, with guidance
+    python fid.py DIR/samples.npz               images that sample.py wrote (also a folder of them)
+    python fid.py ref --data DIR --res 256 --out faces.npz                  statistics of real images, with Inception
+    torchrun --nproc_per_node=8 fid.py RUN -n 50000 --ref faces.npz         FID-50k and the rest
 
-Frechet distance of pixels in [0, 1] (averaged to 8 x 8), precision and recall (k = 3) on the same features, sliced
-Wasserstein distance of every pyramid level from 16 pixels up, and a nearest-neighbour test against copying. With
-classes: how often a classifier agrees with the requested label, and the variance left inside each class.
-All of them depend on the number of images: compare only equal n.
+Without a reference: Frechet distance of pixels in [0, 1] (averaged to 8 x 8), precision and recall (k = 3) on the same
+features, sliced Wasserstein distance of every pyramid level from 16 pixels up, and a nearest-neighbour test against
+copying; with classes, how often a classifier agrees with the requested label, and the variance left inside each class.
+With --ref: Frechet distance, precision, recall and KID on the reference's features (Inception: FID; DINOv2: FDD), and
+the inception score, in one pass over the images. All of them depend on the number of images: compare only equal n.
 """
 
 import json
@@ -19,28 +22,46 @@ import shlex
 import subprocess
 import sys
 import time
-import zipfile
 from pathlib import Path
 
 import config
 
 if __name__ == "__main__":                                  # before torch is loaded: --help answers at once
-    PARSER = config.parser(__doc__, "python fid.py [--run DIR] [--num N] [options]")
+    PARSER = config.parser(__doc__, "python fid.py [RUN | FOLDER | NPZ] [--ref FILE] | ref --data DIR")
+    PARSER.add_argument("what", nargs="?", help="run, export, .npz or folder of images [the newest run]; or: ref")
     config.add_sampling_flags(PARSER)
-    PARSER.add_argument("--num", type=int, default=500, help="number of images to draw and score [500]")
-    PARSER.add_argument("--samples", help="score this samples.npz in place of drawing images")
+    PARSER.add_argument("-n", "--num", type=int, default=500, help="number of images to draw and score [500]")
+    PARSER.add_argument("--ref", metavar="FILE", help="compare with this reference: of fid.py ref, ADM or pytorch-fid")
+    PARSER.add_argument("--repeat", type=int, default=1, help="draw so many sets, of seeds SEED, SEED+1, ... [1]")
+    PARSER.add_argument("--force", action="store_true", help="score fewer images than the features have dimensions")
+    PARSER.add_argument("--extractor", default="inception", help="inception, dinov2 or pixels [inception]")
+    PARSER.add_argument("--extractor-file", default="", help="its TorchScript file [downloaded once, hash checked]")
+    PARSER.add_argument("--trust", action="store_true", help="accept an --extractor-file with another hash")
+    PARSER.add_argument("--codec", choices=("none", "jpeg"), default="none",
+                        help="jpeg: both sides through JPEG of quality 75, the protocol of LFM [none]")
+    PARSER.add_argument("--dataset", default="folder", choices=("folder", "celebahq", "imagenet"), help="of ref")
+    PARSER.add_argument("--data", default="", help="of ref: real images, any form that latents.py reads")
+    PARSER.add_argument("--split", default="train", help="of ref: which split, where the data have several [train]")
+    PARSER.add_argument("--res", type=int, default=256, help="of ref: height and width in pixels [256]")
+    PARSER.add_argument("--out", default="reference.npz", help="of ref: the file to write [reference.npz]")
     PARSER.add_argument("--record", metavar="FILE", help="append the result and how it was made to a .jsonl file")
     ARGUMENTS = PARSER.parse_args()
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import data
+import features
+import gallery
 import runs
 import sample
-from config import UserError
+import sources
+from config import Config, UserError
+from features import pixel_features
 from pyramid import decompose
+from ranks import Ranks
 
 # ---------------------------------------------------------------------------------------------------------------------
 # distances between sets of features (N, D)
@@ -60,9 +81,10 @@ def frechet_distance(mean_1, cov_1, mean_2, cov_2) -> float:
 
 
 def _distances(a: np.ndarray, b: np.ndarray) -> torch.Tensor:
-    """Euclidean distances (len(a), len(b)), from differences and not from products: equal points are at 0."""
+    """Euclidean distances (len(a), len(b)); of few features from differences, so that equal points are at 0."""
     a, b = (torch.as_tensor(x, dtype=torch.float64).flatten(1) for x in (a, b))
-    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+    exact = a.shape[1] <= 512                               # of many, from products: minutes, not hours
+    return torch.cdist(a, b, compute_mode=f"{'donot_' if exact else ''}use_mm_for_euclid_dist")
 
 
 def _coverage(points, centres, k: int) -> float:
@@ -84,6 +106,34 @@ def precision(*, real, fake, k: int = 3) -> float:
 def recall(*, real, fake, k: int = 3) -> float:
     """Share of the real features inside the k-nearest-neighbour manifold of the fake (Kynkaanniemi et al. 2019)."""
     return _coverage(np.asarray(real), np.asarray(fake), k)
+
+
+def kid(real, fake, subsets: int = 100, size: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """Kernel distance (Binkowski et al. 2018): unbiased MMD^2 with the kernel (x y / D + 1)^3, mean and standard
+    deviation over random subsets of both sides. Raises UserError when a side has fewer images than a subset."""
+    real, fake = (torch.as_tensor(np.asarray(x), dtype=torch.float64) for x in (real, fake))
+    if min(len(real), len(fake)) < size:
+        raise UserError(f"KID needs at least {size} images on both sides, not {len(real)} real and {len(fake)} others")
+    random, values = np.random.default_rng(seed), []
+    for _ in range(subsets):
+        x, y = (side[torch.from_numpy(random.choice(len(side), size, replace=False))] for side in (fake, real))
+        xx, yy, xy = (((a @ b.T) / a.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+        within = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (size * (size - 1))
+        values.append((within - 2 * xy.mean()).item())
+    return float(np.mean(values)), float(np.std(values))
+
+
+def inception_score(probabilities: np.ndarray, splits: int = 10, seed: int = 0) -> tuple[float, float]:
+    """exp of the mean KL divergence of class probabilities (N, classes) from their mean (Salimans et al. 2016): mean
+    and standard deviation over shuffled splits."""
+    p = np.asarray(probabilities, np.float64)
+    p = p[np.random.default_rng(seed).permutation(len(p))]
+    values = []
+    for part in np.array_split(p, min(splits, len(p))):
+        mean = part.mean(axis=0, keepdims=True)
+        ratio = np.where(part > 0, part / np.maximum(mean, 1e-300), 1.0)
+        values.append(math.exp((part * np.log(ratio)).sum(axis=1).mean()))
+    return float(np.mean(values)), float(np.std(values))
 
 
 def sliced_wasserstein(real, fake, patches: int = 32, directions: int = 512, seed: int = 0) -> dict[int, float]:
@@ -125,12 +175,6 @@ def sliced_wasserstein(real, fake, patches: int = 32, directions: int = 512, see
 
 # ---------------------------------------------------------------------------------------------------------------------
 # scores of images
-
-
-def pixel_features(images: np.ndarray) -> np.ndarray:
-    """uint8 (N, H, W, C) -> (N, 64 C): pixels in [0, 1], averaged to 8 x 8."""
-    parts = [torch.tensor(images[i : i + 64]).permute(0, 3, 1, 2).double() / 255 for i in range(0, len(images), 64)]
-    return torch.cat([F.adaptive_avg_pool2d(x, 8).flatten(1) for x in parts]).numpy()
 
 
 def statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -215,18 +259,6 @@ def table(scores: dict) -> str:
     return "\n".join(lines)
 
 
-def read_samples(file: str, shape: tuple) -> tuple[np.ndarray, np.ndarray]:
-    """`images` and `labels` of a samples.npz. Raises UserError when it is not one, or of another shape than the run."""
-    try:
-        with np.load(file, allow_pickle=False) as arrays:
-            images, labels = arrays["images"], arrays["labels"]
-    except (OSError, KeyError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as problem:
-        raise UserError(f"{file} is no samples.npz of sample.py: {problem}") from None
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != shape or labels.shape != (len(images),):
-        raise UserError(f"{file} holds images of shape {images.shape} {images.dtype}; this run makes {shape} uint8")
-    return images, labels
-
-
 def check_record(file: str | None) -> None:
     """Raises UserError, before the work, when a result could not be appended to the file."""
     try:
@@ -237,7 +269,7 @@ def check_record(file: str | None) -> None:
         raise UserError(f"results cannot be appended to {file}: {problem}") from None
 
 
-def record(file: Path, cfg: config.Config, device: torch.device, scores: dict) -> None:
+def record(file: Path, cfg: Config, device: torch.device, scores: dict) -> None:
     """Appends one line with all that is needed to repeat a measurement; the tables of README.md are made from such."""
     git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False,
                          cwd=Path(__file__).parent)
@@ -257,22 +289,159 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# against a reference
+
+
+MANIFOLD = 10_000                                           # images of each side for precision and recall, at most
+
+
+def title(n: int) -> str:
+    """50,000 -> "50k", 2,048 -> "2048": a Frechet distance is never shown without its number of images."""
+    return f"{n // 1000}k" if n % 1000 == 0 else str(n)
+
+
+def compare(statistics: features.Statistics, reference: features.Reference, force: bool = False) -> dict:
+    """Scores of the statistics of generated images against a reference.
+
+    Raises UserError when there are fewer images than features (the covariance is singular) unless forced.
+    """
+    n, dim = statistics.count, len(reference.mean)
+    if statistics.mean.shape != reference.mean.shape:
+        raise UserError(f"the reference has {dim} features, the extractor gives {len(statistics.mean)}: they differ")
+    if n < dim + 1 and not force:
+        raise UserError(f"{n} images are too few for {dim} features: the distance would mean nothing. Draw at least "
+                        f"{dim + 1} (papers: 50000), or look at it anyway with --force")
+    name = {"inception": "fid", "dinov2": "fdd"}.get(statistics.how["extractor"].split()[0], "frechet")
+    scores = {"n": n, "n_reference": reference.how.get("n"), "name": f"{name.upper()}-{title(n)}",
+              name: frechet_distance(statistics.mean, statistics.cov, reference.mean, reference.cov)}
+    if reference.features is not None:                      # mean and covariance alone are enough for the first
+        real, fake = reference.features, statistics.all_features()
+        some = {"real": real[:MANIFOLD], "fake": fake[:MANIFOLD]}
+        scores["precision"], scores["recall"] = precision(**some), recall(**some)
+        scores["n_recall"] = min(MANIFOLD, n)
+        size = min(1000, len(real), len(fake))
+        scores["kid"], scores["kid_std"] = kid(real, fake, size=size)
+    if statistics.probabilities:
+        scores["inception_score"], scores["inception_score_std"] = inception_score(
+            np.concatenate(statistics.probabilities))
+    return scores
+
+
+def statistics_of(batches, extractor, how: dict, codec: str, total: int, ranks) -> features.Statistics:
+    """One pass over batches of (images, ...): those of all processes together."""
+    result = features.Statistics(how)
+    with tqdm(total=total, desc="features", unit="img", leave=False, disable=not ranks.first) as bar:
+        for images in batches:
+            result.add(*extractor(features.through_codec(images, codec)))
+            bar.update(min(len(images) * ranks.world, bar.total - bar.n))
+    return result.gather(ranks)
+
+
+def make_reference(args, ranks) -> None:
+    """python fid.py ref: statistics of real images."""
+    source = sources.open_source(args.dataset, args.data, args.split)
+    extractor = features.load_extractor(args.extractor, args.extractor_file, ranks.device, args.trust)
+    how = {"extractor": extractor.identity, "codec": args.codec, "res": args.res, "source": args.data,
+           "crop": "ADM: box halving, bicubic, centre", "fingerprint": source.fingerprint}
+    chunks = sample.chunks_of(len(source), args.batch)[ranks.rank :: ranks.world]
+    read = (np.stack([source.image(i, args.res) for i in chunk]).transpose(0, 2, 3, 1) for chunk in chunks)
+    statistics = statistics_of(read, extractor, how, args.codec, len(source), ranks)
+    if ranks.first:
+        features.save_reference(Path(args.out), statistics)
+        print(f"reference  {args.out}: {statistics.count:,} images of {args.res} pixels, {extractor.identity[:40]}, "
+              f"codec {args.codec}")
+
+
+def against_reference(args, ranks) -> None:
+    """python fid.py WHAT --ref FILE: one set of files, or --repeat sets of a run."""
+    reference, what = features.load_reference(args.ref), args.what
+    known = reference.how.get("extractor", "").split(" ")[0]
+    name = known if known in features.EXTRACTORS else args.extractor
+    extractor = features.load_extractor(name, args.extractor_file, ranks.device, args.trust)
+    files = what is not None and (Path(what).suffix == ".npz" or not is_run(Path(what))) and Path(what).exists()
+    rows, report, cfg, folder = [], {"samples": what}, None, Path(what or ".")
+    for repeat in range(1 if files else args.repeat):
+        if files:
+            parts = list(gallery.read_samples(Path(what), args.batch))
+            res, total = parts[0][0].shape[1], sum(len(images) for images, _ in parts)
+            drawn = (images for images, _ in parts[ranks.rank :: ranks.world])
+        else:
+            run = runs.load_run(what, args.raw, str(ranks.device), args.vae)
+            cfg, folder, res, total = run.cfg, run.folder, run.cfg.res, args.num
+            settings, labels = runs.solver_settings(cfg, args), runs.choose_labels(args.labels, args.num, run.classes)
+            notes, chunks = [], sample.chunks_of(args.num, args.batch)[ranks.rank :: ranks.world]
+            batches = sample.batches(run, chunks, labels, args.seed + repeat, **settings)
+            drawn = (notes.append(note) or images for _, images, note in batches)
+        how = {"extractor": extractor.identity, "codec": args.codec, "res": res}
+        features.check_comparable(reference, how, args.ref)
+        statistics = statistics_of(drawn, extractor, how, args.codec, total, ranks)
+        if not files:
+            notes = [note for part in ranks.gather(notes) for note in part]
+            report = sample.report_of(run, notes, args.seed + repeat, args.batch, settings)
+        if ranks.first:
+            rows.append(compare(statistics, reference, args.force))
+    if not ranks.first:
+        return
+    print(sample.describe(report) if not files else f"samples    {what}")
+    print(f"reference  {args.ref}: {reference.how.get('n', 'an unknown number of')} images; extractor "
+          f"{extractor.identity[:40]}, codec {args.codec}")
+    scores = {"name": rows[0]["name"], "n": rows[0]["n"], "reference": {"file": Path(args.ref).name, **reference.how},
+              "extractor": extractor.identity, "codec": args.codec, "repeat": len(rows)}
+    for key in (key for key, value in rows[0].items() if isinstance(value, float)):
+        values = [row[key] for row in rows]
+        scores[key] = float(np.mean(values))
+        spread = f" ± {np.std(values, ddof=1):.4f} over {len(rows)} sets" if len(rows) > 1 else ""
+        shown = rows[0]["name"] if key in ("fid", "fdd", "frechet") else key
+        print(f"{shown:20s} {scores[key]:10.4f}{spread}")
+        if spread:
+            scores[f"{key}_sets"] = values
+    place = folder if folder.is_dir() else folder.parent
+    (place / "scores-reference.json").write_text(json.dumps({**report, **scores}, indent=2))
+    if args.record:
+        record(Path(args.record), cfg or Config(), ranks.device, {**report, **scores})
+
+
+def is_run(folder: Path) -> bool:
+    return any(folder.glob("step-*.pt")) or (folder / "model.safetensors").exists()
+
+
 def main(args) -> None:
     config.check_sampling_flags(args, least=5)
     check_record(args.record)
-    run = runs.load_run(args.run, args.raw, args.device, args.vae)
+    if args.repeat < 1 or args.res < 1:
+        raise UserError("--repeat and --res must be at least 1")
+    if args.what == "ref" or args.ref:
+        ranks = Ranks.start(args.device)
+        try:
+            (make_reference if args.what == "ref" else against_reference)(args, ranks)
+        finally:
+            ranks.stop()
+    else:
+        against_training_data(args)
+
+
+def against_training_data(args) -> None:
+    """python fid.py [WHAT]: the scores that need no download. A folder or .npz belongs to the newest run."""
+    files = args.what is not None and Path(args.what).exists() and not is_run(Path(args.what))
+    run = runs.load_run(None if files else args.what, args.raw, args.device, args.vae)
     dataset, scored = data.load(run.cfg), run.folder
     if dataset.classes != run.classes:
         raise UserError(f"the data of {run.folder} has changed: it was trained on the classes {run.classes}")
-    if args.samples:
-        images, labels = read_samples(args.samples, (*run.shape[1:], run.shape[0]))
-        labels, scored = (labels if run.classes else None), Path(args.samples).parent
+    if files:
+        where = Path(args.what)
+        images, labels = (np.concatenate(part) for part in zip(*gallery.read_samples(where), strict=True))
+        if images.shape[1:] != run.image_shape:
+            raise UserError(f"{where} holds images of shape {images.shape[1:]}; the run {run.folder} makes "
+                            f"{run.image_shape}")
+        labels = labels if run.classes and labels.min() >= 0 else None
+        scored = where if where.is_dir() else where.parent
         beside = scored / "report.json"                     # how sample.py made them
-        report = {**(json.loads(beside.read_text()) if beside.exists() else {}), "samples": args.samples}
-        print(f"samples    {args.samples}" + (f"\n{sample.describe(report)}" if "solver" in report else ""))
+        report = {**(json.loads(beside.read_text()) if beside.exists() else {}), "samples": args.what}
+        print(f"samples    {args.what}" + (f"\n{sample.describe(report)}" if "nfe_segments" in report else ""))
     else:
-        labels = sample.choose_labels(args.labels, args.num, run.classes)
-        settings = sample.solver_settings(run.cfg, args)
+        labels = runs.choose_labels(args.labels, args.num, run.classes)
+        settings = runs.solver_settings(run.cfg, args)
         images, report = sample.generate(run, args.num, labels, args.seed, args.batch, **settings)
         print(sample.describe(report))
     scores = evaluate(dataset, images, labels, run.decode)

@@ -116,17 +116,17 @@ def ratio(total: float, count: float) -> float | None:
 
 def open_logger(cfg: Config, out: Path):
     """A function that takes a line of metrics, or None. Raises UserError when the package is missing; never asks."""
-    if not cfg.log:
+    if not cfg.logger:
         return None
     try:
-        if cfg.log == "tensorboard":
+        if cfg.logger == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
         else:
             import wandb
     except ImportError:
-        raise UserError(f"--log {cfg.log} needs its package: pip install {cfg.log}; metrics.jsonl is written "
+        raise UserError(f"--logger {cfg.logger} needs its package: pip install {cfg.logger}; metrics.jsonl is written "
                         "without it") from None
-    if cfg.log == "tensorboard":
+    if cfg.logger == "tensorboard":
         writer = SummaryWriter(out / "tensorboard")
 
         def write(line):

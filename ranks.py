@@ -8,13 +8,17 @@ not fit at once; every loss is divided by the GLOBAL number of rows, so gradient
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py ...
 """
 
+import hashlib
 import os
+import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from config import UserError
 
@@ -56,8 +60,10 @@ class Ranks:
             device = f"cuda:{local}"
             torch.cuda.set_device(device)
         device = best_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
-        return cls(dist.get_rank(), dist.get_world_size(), device)
+        store, rank, world = next(rendezvous("env://", timeout=TIMEOUT))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT,
+                                store=fresh_part(store, rank, world), rank=rank, world_size=world)
+        return cls(rank, world, device)
 
     def stop(self) -> None:
         if self.world > 1 and dist.is_initialized():
@@ -89,6 +95,14 @@ class Ranks:
             dist.all_reduce(value, dist.ReduceOp.MIN)
         return value.item()
 
+    def gather(self, value) -> list:
+        """The values of all processes, in their order; anything that can be pickled, from ourselves only."""
+        if self.world == 1:
+            return [value]
+        values = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
     def barrier(self) -> None:
         self.any(False)
 
@@ -117,6 +131,22 @@ class Ranks:
         parts = -(-share // (micro_batch or share))         # as equal as they can be
         edges = [self.rank * share + share * i // parts for i in range(parts + 1)]
         return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def fresh_part(store, rank: int, world: int):
+    """The part of torchrun's store that belongs to the processes of this attempt.
+
+    torchrun keeps one store over restarts, so a new process may read the address of a dead one there and wait for it
+    (pytorch issue 135712). Every process posts a new name; they agree when all have seen the same names, new ones.
+    """
+    store.set(f"lapflow/name/{rank}", uuid.uuid4().hex)
+    while True:
+        seen = "".join(store.get(f"lapflow/name/{r}").decode() for r in range(world))
+        seen = hashlib.sha256(seen.encode()).hexdigest()
+        store.set(f"lapflow/seen/{rank}", seen)
+        if all(store.get(f"lapflow/seen/{r}").decode() == seen for r in range(world)):
+            return dist.PrefixStore(seen, store)
+        time.sleep(0.02)
 
 
 class GradientSync:

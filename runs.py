@@ -4,11 +4,13 @@
     EXPORT/model.safetensors        one set of weights (the averaged ones unless --raw), no code in it
     EXPORT/config.json              the configuration, the classes, the latents, the step
 
-`python sample.py --run X` takes either, or an export on the Hugging Face hub: OWNER/NAME or OWNER/NAME@REVISION.
+`python sample.py X` takes either, or an export on the Hugging Face hub: OWNER/NAME or OWNER/NAME@REVISION.
 """
 
 import json
+import math
 import re
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -56,6 +58,11 @@ class Run:
     def shape(self) -> tuple[int, int, int]:
         """C, H, W of what the model generates."""
         return self.model.in_channels, self.model.resolution, self.model.resolution
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """H, W, C of the images."""
+        return self.cfg.res, self.cfg.res, 3 if self.facts.get("latent") else self.model.in_channels
 
     @cached_property
     def autoencoder(self):
@@ -130,6 +137,76 @@ def fine_tune(model: MoTDiT, name: str, classes: list[str], latent: dict | None)
                     "positions are recomputed")
     load_weights(model, weights, name)
     return said
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what a run can be asked for
+
+
+def check_guidance(cfg: Config, cfg_scale: float, classes: list[str]) -> None:
+    """Raises UserError for guidance that the training of this run does not support."""
+    if cfg_scale != 1 and not classes:
+        raise UserError("guidance needs labels, but this run was trained without classes: leave out the guidance scale")
+    if cfg_scale != 1 and cfg.label_drop == 0:
+        raise UserError("guidance needs a null label, but this run has --label-drop 0: leave out the guidance scale")
+
+
+def solver_settings(cfg: Config, args=None) -> dict:
+    """Solver, tolerances, steps and guidance: those of the run, unless the command line gives others."""
+    given = {} if args is None else {k: v for k, v in vars(args).items() if v is not None}
+    solver = given.get("solver", cfg.solver)
+    for name in ("rtol", "atol", "cfg"):
+        if name in given and not (math.isfinite(given[name]) and (name == "cfg" or given[name] > 0)):
+            raise UserError(f"--{name} must be a {'' if name == 'cfg' else 'positive '}number, not {given[name]}")
+    interval = given.get("cfg_interval", (0.0, 1.0))
+    if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
+        raise UserError(f"--cfg-interval takes two increasing times in [0, 1], like 0.1,0.8; not {interval}")
+    settings = {"solver": solver, "norm": given.get("norm", "batch"), "cfg_scale": given.get("cfg", cfg.cfg_scale),
+                "interval": interval, "precision": given.get("precision", "float32")}
+    if solver == "dopri5":
+        settings.update(rtol=given.get("rtol", cfg.rtol), atol=given.get("atol", cfg.atol), steps=given.get("steps"))
+    else:
+        settings["steps"] = given.get("steps", cfg.solver_steps)
+        if "rtol" in given or "atol" in given:
+            raise UserError(f"the solver {solver} has no tolerance: leave out --rtol and --atol, or use dopri5")
+    return settings
+
+
+def choose_labels(text: str, num: int, classes: list[str]) -> np.ndarray | None:
+    """Labels (num,) for "balanced" (classes in turn), a label or a class name; None for an unconditional model."""
+    if not classes:
+        if text != "balanced":
+            raise UserError(f"--labels {text} asks for a class, but this run was trained without classes")
+        return None
+    if text == "balanced":
+        return np.arange(num) % len(classes)
+    if text in classes:
+        return np.full(num, classes.index(text))
+    named = any(name.isdecimal() for name in classes)       # classes named by numbers are asked for by name only
+    label = int(text) if text.isdecimal() and not named else -1
+    if not 0 <= label < len(classes):
+        known = f"the names {classes[0]!r} to {classes[-1]!r}" if named else f"0 to {len(classes) - 1}, or a name"
+        raise UserError(f"there is no label {text!r}: use {known}")
+    return np.full(num, label)
+
+
+def compile_blocks(model: torch.nn.Module) -> None:
+    """Compiles the transformer blocks in place: one graph for each stage, shared by all; names of weights stay."""
+    torch._dynamo.config.recompile_limit = 64
+    for block in model.blocks:
+        block.compile(dynamic=False, fullgraph=True)
+
+
+def peak_memory(device: torch.device) -> float:
+    """Most memory used so far, in GB: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:                                     # Windows
+        return math.nan
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used / (1e9 if sys.platform == "darwin" else 1e6)                        # bytes there, kilobytes on Linux
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,12 +4,14 @@
     python sample.py --num 500 --labels balanced --seed 3 --out DIR
     python sample.py --labels 7 --cfg 1.5 --solver heun --steps 20
 
-Writes DIR/grid.png and DIR/samples.npz (`images` uint8 (N, H, W, C), `labels` (N,), -1 when unconditional).
+    torchrun --nproc_per_node=8 sample.py -n 50000 --format shards      as one process would; goes on when stopped
+
+Writes DIR/grid.png and DIR/samples.npz (`images` uint8 (N, H, W, C), `labels` (N,), -1 when unconditional). What only a
+causal pyramid can do is in causal.py: --preview, --refine, --vary, --upsample.
 Image i depends on the seed and on i alone. The fixed-step solvers keep that up to float rounding; dopri5 chooses its
 steps for a whole batch at once, so there an image also depends, within the tolerance, on its batch.
 """
 
-import json
 import math
 import sys
 import time
@@ -19,10 +21,18 @@ from pathlib import Path
 import config
 
 if __name__ == "__main__":                                  # before torch is loaded: --help answers at once
-    PARSER = config.parser(__doc__, "python sample.py [--run DIR] [--num N] [options]")
+    PARSER = config.parser(__doc__, "python sample.py [RUN] [-n N] [options]")
+    PARSER.add_argument("run", nargs="?", help="run directory, export, or OWNER/NAME on the hub [the newest in out/]")
     config.add_sampling_flags(PARSER)
-    PARSER.add_argument("--num", type=int, default=40, help="number of images [40]")
+    PARSER.add_argument("-n", "--num", type=int, default=40, help="number of images [40]")
     PARSER.add_argument("--out", help="directory to write [RUN/samples]")
+    PARSER.add_argument("--format", choices=("npz", "shards", "png"), default="npz",
+                        help="samples.npz; a shard for each batch; or a folder of PNG [npz]")
+    PARSER.add_argument("--preview", action="store_true", help="only the coarsest band(s): thumbnails, much faster")
+    PARSER.add_argument("--refine", metavar="I,J,..", help="finish these previews of the same seed")
+    PARSER.add_argument("--vary", metavar="I", type=int, help="--num variations of image I: new details")
+    PARSER.add_argument("--upsample", metavar="IMAGE", help="--num images with this one as their coarse band(s)")
+    PARSER.add_argument("--bands", type=int, default=1, help="number of coarse bands of these four [1]")
     PARSER.add_argument("--export", metavar="DIR", help="write the weights to share, safetensors, and no images")
     ARGUMENTS = PARSER.parse_args()
 
@@ -32,10 +42,12 @@ from torchdiffeq import odeint
 from tqdm import tqdm
 
 import data
+import gallery
 import pictures
 import runs
-from config import Config, UserError
+from config import UserError
 from pyramid import reconstruct
+from ranks import Ranks
 from runs import Run, load_run
 from schedule import Schedule, noise_bands
 
@@ -77,7 +89,8 @@ def solve(velocity, noise, schedule, solver="dopri5", rtol=1e-5, atol=1e-5, step
     """Algorithm 2: integrates all bands from t = 0 to 1. Returns the bands at t = 1 and the number of velocity calls.
 
     velocity(bands, t) -> velocities of those bands; t is a scalar tensor, and the bands are 0..j in segment j
-    noise       K bands (B, C, H_i, W_i) at unit scale; band j enters at T_j as sigma(T_j) noise_j, its exact law there
+    noise       K bands (B, C, H_i, W_i) at unit scale; band j enters at T_j as sigma(T_j) noise_j, its exact law there.
+                The first few bands only: the same segments with those, a preview (causal.py)
     solver      dopri5, or with `steps` (shared out over the segments): euler, midpoint, heun (= rk2), rk4
     norm        what dopri5 holds below the tolerance: "batch", the root mean square over all images as torchdiffeq and
                 so the paper's code base do (the default: NFE stay comparable), or "sample", that of the worst image:
@@ -90,8 +103,9 @@ def solve(velocity, noise, schedule, solver="dopri5", rtol=1e-5, atol=1e-5, step
     device, bands, nfe = noise[0].device, [], 0
     time_dtype = torch.float32 if device.type == "mps" else torch.float64
     for j, (start, end) in enumerate(schedule.segments):
-        x0 = noise[j].to(torch.promote_types(noise[j].dtype, torch.float32))
-        bands.append(schedule.coefficients(j, start)[1].to(x0) * x0)
+        if j < len(noise):
+            x0 = noise[j].to(torch.promote_types(noise[j].dtype, torch.float32))
+            bands.append(schedule.coefficients(j, start)[1].to(x0) * x0)
         shapes = [band.shape[1:] for band in bands]
 
         def field(t, state, j=j, end=end, shapes=shapes):
@@ -103,7 +117,7 @@ def solve(velocity, noise, schedule, solver="dopri5", rtol=1e-5, atol=1e-5, step
             v = pack(velocity(unpack(state, shapes), t)).to(state)
             if not v.isfinite().all():
                 raise UserError(f"the velocity is not finite at t = {t.item():.4f}, in segment {j} of "
-                                f"{len(noise)}: these weights have diverged; sample an earlier checkpoint")
+                                f"{schedule.num_scales}: these weights have diverged; sample an earlier checkpoint")
             return v
 
         if solver == "dopri5":
@@ -130,19 +144,24 @@ def solve(velocity, noise, schedule, solver="dopri5", rtol=1e-5, atol=1e-5, step
 class Guided:
     """A model whose velocity is v_null + w (v_cond - v_null), on all channels and all bands, in one doubled batch.
 
-    Nothing is doubled when w is 1 or there are no labels. `calls` counts the calls by number of active bands.
+    Nothing is doubled when w is 1, without labels, or at times outside the interval (Kynkaanniemi et al. 2024).
+    `calls` counts the calls by number of active bands, `passes` those of the network for an image: a doubled one is 2.
     """
 
-    def __init__(self, model, cfg_scale: float = 1.0):
-        self.model, self.cfg_scale, self.calls = model, cfg_scale, Counter()
+    def __init__(self, model, cfg_scale: float = 1.0, interval=(0.0, 1.0), precision: str = "float32"):
+        self.model, self.cfg_scale, self.interval, self.precision = model, cfg_scale, interval, precision
+        self.calls, self.passes = Counter(), 0
 
     @torch.no_grad()
     def __call__(self, bands, t, y):
         self.calls[len(bands)] += 1
-        if y is None or self.cfg_scale == 1:
-            return [v.float() for v in self.model(bands, t, y)]
-        null = torch.full_like(y, self.model.num_classes)
-        both = self.model([torch.cat([band, band]) for band in bands], torch.cat([t, t]), torch.cat([y, null]))
+        with torch.autocast(t.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            if y is None or self.cfg_scale == 1 or not self.interval[0] <= t[0] <= self.interval[1]:
+                self.passes += 1
+                return [v.float() for v in self.model(bands, t, y)]
+            self.passes += 2
+            null = torch.full_like(y, self.model.num_classes)
+            both = self.model([torch.cat([band, band]) for band in bands], torch.cat([t, t]), torch.cat([y, null]))
         halves = [v.float().chunk(2) for v in both]
         return [v_null + self.cfg_scale * (v_cond - v_null) for v_cond, v_null in halves]
 
@@ -164,71 +183,46 @@ def sample(model, n, y, schedule, shape, noise="pyramid", solve=solve, **solver)
 # images of a trained run
 
 
-def check_guidance(cfg: Config, cfg_scale: float, classes: list[str]) -> None:
-    """Raises UserError for guidance that the training of this run does not support."""
-    if cfg_scale != 1 and not classes:
-        raise UserError("guidance needs labels, but this run was trained without classes: leave out the guidance scale")
-    if cfg_scale != 1 and cfg.label_drop == 0:
-        raise UserError("guidance needs a null label, but this run has --label-drop 0: leave out the guidance scale")
-
-
-def solver_settings(cfg: Config, args=None) -> dict:
-    """Solver, tolerances, steps and guidance: those of the run, unless the command line gives others."""
-    given = {} if args is None else {k: v for k, v in vars(args).items() if v is not None}
-    solver = given.get("solver", cfg.solver)
-    for name in ("rtol", "atol", "cfg"):
-        if name in given and not (math.isfinite(given[name]) and (name == "cfg" or given[name] > 0)):
-            raise UserError(f"--{name} must be a {'' if name == 'cfg' else 'positive '}number, not {given[name]}")
-    settings = {"solver": solver, "norm": given.get("norm", "batch"), "cfg_scale": given.get("cfg", cfg.cfg_scale)}
-    if solver == "dopri5":
-        settings.update(rtol=given.get("rtol", cfg.rtol), atol=given.get("atol", cfg.atol), steps=given.get("steps"))
-    else:
-        settings["steps"] = given.get("steps", cfg.solver_steps)
-        if "rtol" in given or "atol" in given:
-            raise UserError(f"the solver {solver} has no tolerance: leave out --rtol and --atol, or use dopri5")
-    return settings
-
-
-def choose_labels(text: str, num: int, classes: list[str]) -> np.ndarray | None:
-    """Labels (num,) for "balanced" (classes in turn), a label or a class name; None for an unconditional model."""
-    if not classes:
-        if text != "balanced":
-            raise UserError(f"--labels {text} asks for a class, but this run was trained without classes")
-        return None
-    if text == "balanced":
-        return np.arange(num) % len(classes)
-    if text in classes:
-        return np.full(num, classes.index(text))
-    named = any(name.isdecimal() for name in classes)       # classes named by numbers are asked for by name only
-    label = int(text) if text.isdecimal() and not named else -1
-    if not 0 <= label < len(classes):
-        known = f"the names {classes[0]!r} to {classes[-1]!r}" if named else f"0 to {len(classes) - 1}, or a name"
-        raise UserError(f"there is no label {text!r}: use {known}")
-    return np.full(num, label)
-
-
-def generate(run: Run, num: int, labels: np.ndarray | None, seed=0, batch=250, cfg_scale=1.0, progress=True, **solver):
-    """Images 0..num-1 of a seed: uint8 (num, H, W, C), and a report of what they cost."""
-    check_guidance(run.cfg, cfg_scale, run.classes)
+def batches(run: Run, chunks: list[range], labels, seed=0, cfg_scale=1.0, interval=(0.0, 1.0), precision="float32",
+            **solver):
+    """Draws the images with the numbers of each chunk; yields (numbers, images uint8 (B, H, W, C), what they cost)."""
+    runs.check_guidance(run.cfg, cfg_scale, run.classes)
     torch.set_float32_matmul_precision("highest")           # TF32 is noise to dopri5, which then takes more steps
-    model, schedule = Guided(run.model, cfg_scale), Schedule(run.cfg.starts, run.cfg.path)
-    images, began = [], time.perf_counter()
+    schedule = Schedule(run.cfg.starts, run.cfg.path)
+    for numbers in chunks:
+        model, began = Guided(run.model, cfg_scale, interval, precision), time.perf_counter()
+        y = None if labels is None else torch.as_tensor(labels[numbers.start : numbers.stop], device=run.device)
+        n = data.ImageRandom(seed, numbers, run.device)
+        images = run.decode(sample(model, n, y, schedule, run.shape, run.cfg.noise, **solver))
+        nfe = [model.calls[j + 1] for j in range(schedule.num_scales)]
+        yield numbers, images, {"first": numbers.start, "count": len(numbers), "nfe": nfe, "forwards": model.passes,
+                                "seconds": time.perf_counter() - began}
+
+
+def chunks_of(num: int, batch: int) -> list[range]:
+    """Images 0..num-1 in batches. Which images share a batch does not depend on the number of processes."""
+    return [range(first, min(first + batch, num)) for first in range(0, num, batch)]
+
+
+def generate(run: Run, num: int, labels: np.ndarray | None, seed=0, batch=250, progress=True, **settings):
+    """Images 0..num-1 of a seed: uint8 (num, H, W, C), and a report of what they cost."""
+    images, notes = [], []
     with tqdm(total=num, desc="sampling", unit="img", disable=not progress, leave=False) as bar:
-        for first in range(0, num, batch):
-            numbers = range(first, min(first + batch, num))
-            n = data.ImageRandom(seed, numbers, run.device)
-            y = None if labels is None else torch.as_tensor(labels[first : numbers.stop], device=run.device)
-            x1 = sample(model, n, y, schedule, run.shape, run.cfg.noise, **solver)
-            images.append(run.decode(x1))
+        for numbers, drawn, note in batches(run, chunks_of(num, batch), labels, seed, **settings):
+            images.append(drawn)
+            notes.append(note)
             bar.update(len(numbers))
-    batches = -(-num // batch)
-    nfe = [model.calls[j + 1] / batches for j in range(schedule.num_scales)]    # mean over the batches, by segment
-    report = {"num": num, "seed": seed, "batch": batch, "cfg_scale": cfg_scale, **solver,
-              "nfe_segments": nfe, "nfe": sum(nfe),
-              "forwards": sum(nfe) * (2 if labels is not None and cfg_scale != 1 else 1),
-              "seconds_per_image": (time.perf_counter() - began) / num,
-              "device": str(run.device), "weights": run.weights, "step": run.step, "run": str(run.folder)}
-    return np.concatenate(images), report
+    return np.concatenate(images), report_of(run, notes, seed, batch, settings)
+
+
+def report_of(run: Run, notes: list[dict], seed: int, batch: int, settings: dict) -> dict:
+    """What images cost, and how they were made; NFE and network passes are means over the batches."""
+    nfe, num = np.mean([note["nfe"] for note in notes], axis=0).tolist(), sum(note["count"] for note in notes)
+    return {"num": num, "seed": seed, "batch": batch, **settings, "nfe_segments": nfe, "nfe": sum(nfe),
+            "forwards": sum(note["forwards"] for note in notes) / len(notes),
+            "seconds_per_image": sum(note["seconds"] for note in notes) / num,
+            "memory_gb": runs.peak_memory(run.device), "device": str(run.device),
+            "weights": run.weights, "step": run.step, "run": str(run.folder)}
 
 
 def describe(report: dict) -> str:
@@ -236,12 +230,15 @@ def describe(report: dict) -> str:
     settings = [f"{key} {report[key]:g}" for key in ("rtol", "atol", "steps") if report.get(key)]
     if report["solver"] == "dopri5":
         settings.append(f"norm over the {report['norm']}")
+    low, high = report.get("interval", (0, 1))
+    between = "" if (low, high) == (0, 1) else f" between t = {low:g} and {high:g}"
     segments = " + ".join(f"{n:g}" for n in report["nfe_segments"])
     return (f"weights    {report['weights']} at step {report['step']} of {report['run']}\n"
             f"solver     {report['solver']}, {', '.join(settings)}, {report['batch']} images at a time\n"
-            f"guidance   {report['cfg_scale']:g}\n"
+            f"guidance   {report['cfg_scale']:g}{between}, network in {report.get('precision', 'float32')}\n"
             f"NFE        {segments} = {report['nfe']:g} by segment ({report['forwards']:g} network passes per image)\n"
-            f"time       {report['seconds_per_image']:.4f} s per image on {report['device']}")
+            f"time       {report['seconds_per_image']:.4f} s per image on {report['device']}, peak memory "
+            f"{report.get('memory_gb', math.nan):.2f} GB")
 
 
 def draw_trajectory(path: Path, run: Run, labels: np.ndarray | None, seed: int = 0, count: int = 3) -> None:
@@ -279,25 +276,40 @@ def draw_trajectory(path: Path, run: Run, labels: np.ndarray | None, seed: int =
 
 def main(args) -> None:
     config.check_sampling_flags(args, least=1)
-    run = load_run(args.run, args.raw, args.device, args.vae)
-    if args.export:
-        runs.export(run, Path(args.export))
-        print(f"wrote      {args.export}/model.safetensors, config.json: {run.weights} weights at step {run.step}; "
-              f"python sample.py --run {args.export}")
-        return
-    labels, settings = choose_labels(args.labels, args.num, run.classes), solver_settings(run.cfg, args)
-    named = args.run is None or Path(args.run).exists()     # and not in the cache of the hub
-    out = Path(args.out or (run.folder / "samples" if named else "samples"))
+    ranks = Ranks.start(args.device)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise UserError(f"the directory {out} cannot be written: {problem}; choose another with --out") from None
-    images, report = generate(run, args.num, labels, args.seed, args.batch, **settings)
-    np.savez_compressed(out / "samples.npz", images=images, labels=np.full(args.num, -1) if labels is None else labels)
-    (out / "report.json").write_text(json.dumps(report, indent=2))
-    pictures.draw_grid(out / "grid.png", images, labels, run.classes)
-    print(describe(report))
-    print(f"wrote      {out}/grid.png, samples.npz, report.json")
+        run = load_run(args.run, args.raw, str(ranks.device), args.vae)
+        if args.export:
+            runs.export(run, Path(args.export))
+            print(f"wrote      {args.export}/model.safetensors, config.json: {run.weights} weights at step {run.step}; "
+                  f"python sample.py {args.export}")
+            return
+        named = args.run is None or Path(args.run).exists()                     # and not in the cache of the hub
+        out = Path(args.out or (run.folder / "samples" if named else "samples"))
+        if args.preview or args.refine or args.vary is not None or args.upsample:
+            import causal  # built on this file
+
+            causal.main(run, args, out)
+            return
+        labels, settings = runs.choose_labels(args.labels, args.num, run.classes), runs.solver_settings(run.cfg, args)
+        if args.compile:
+            runs.compile_blocks(run.model)
+        job = {"run": str(run.folder), "step": run.step, "weights": run.weights, "num": args.num, "seed": args.seed,
+               "batch": args.batch, "labels": args.labels, **settings}
+        samples = gallery.Gallery(out, job, args.format, ranks)
+        todo = samples.prepare(chunks_of(args.num, args.batch))
+        with tqdm(total=args.num, initial=args.num - sum(map(len, todo)), desc="sampling", unit="img", leave=False,
+                  disable=not ranks.first) as bar:
+            for numbers, images, note in batches(run, todo[ranks.rank :: ranks.world], labels, args.seed, **settings):
+                samples.write(numbers, images, None if labels is None else labels[numbers.start : numbers.stop], note)
+                bar.update(min(len(numbers) * ranks.world, bar.total - bar.n))
+        ranks.barrier()
+        if ranks.first:
+            report = report_of(run, samples.notes(), args.seed, args.batch, settings)
+            wrote = samples.finish(report, labels, run.classes)
+            print(f"{describe(report)}\nwrote      {wrote}")
+    finally:
+        ranks.stop()
 
 
 if __name__ == "__main__":

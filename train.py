@@ -102,9 +102,9 @@ def glance(run: runs.Run, dataset) -> None:
         if not every or run.step % every:
             continue
         try:
-            labels = sample.choose_labels("balanced", num, run.classes)
+            labels = runs.choose_labels("balanced", num, run.classes)
             with torch.compiler.set_stance("force_eager"):  # compiled graphs are for training's shapes
-                images, report = sample.generate(run, num, labels, progress=False, **sample.solver_settings(cfg))
+                images, report = sample.generate(run, num, labels, progress=False, **runs.solver_settings(cfg))
             if what == "grid":
                 pictures.draw_grid(run.folder / f"samples-{run.step:08d}.png", images, labels, run.classes)
             else:
@@ -118,10 +118,10 @@ def glance(run: runs.Run, dataset) -> None:
 def finish(run: runs.Run, dataset) -> dict:
     """Samples, pictures and scores of a trained run."""
     num = run.cfg.num_samples
-    labels = sample.choose_labels("balanced", num, run.classes)
-    images, report = sample.generate(run, num, labels, **sample.solver_settings(run.cfg))
+    labels = runs.choose_labels("balanced", num, run.classes)
+    images, report = sample.generate(run, num, labels, **runs.solver_settings(run.cfg))
     pictures.draw_grid(run.folder / "samples.png", images, labels, run.classes)
-    shown = sample.choose_labels("balanced", max(3, len(run.classes)), run.classes)
+    shown = runs.choose_labels("balanced", max(3, len(run.classes)), run.classes)
     sample.draw_trajectory(run.folder / "trajectory.png", run, None if shown is None else shown[-3:])
     print(sample.describe(report))
     try:
@@ -156,7 +156,7 @@ def main(cfg: Config, fresh=False, device=None, record=None, stop_after: float =
     print(f"time       {time.perf_counter() - began:.0f} s in all" + (", since it was continued" if resumed else ""))
     files = sorted(path.name for path in run.folder.iterdir() if path.is_file())
     print(f"wrote      {', '.join(files)} in {run.folder}")
-    print(f"next       python sample.py --run {run.folder}    python fid.py --run {run.folder}")
+    print(f"next       python sample.py {run.folder}    python fid.py {run.folder}")
 
 
 def train(cfg: Config, fresh: bool, ranks: Ranks, record: str | None, deadline: float, dataset=None):
@@ -170,7 +170,7 @@ def train(cfg: Config, fresh: bool, ranks: Ranks, record: str | None, deadline: 
     if cfg.space == "pixel":                                # what does not fit is said before a folder is read
         plan.meta_model(cfg, 1, 0, cfg.res)
     dataset = dataset or data.load(cfg)
-    sample.check_guidance(cfg, cfg.cfg_scale, dataset.classes)
+    runs.check_guidance(cfg, cfg.cfg_scale, dataset.classes)
     dataset.to(device)
     free = ranks.least(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf)
     model = runs.build_model(cfg, dataset.channels, len(dataset.classes), dataset.side).to(device)
@@ -188,10 +188,8 @@ def train(cfg: Config, fresh: bool, ranks: Ranks, record: str | None, deadline: 
     facts = data.facts(dataset)
     step, renew = restore(cfg, out, ranks, facts, model, ema, optimizer)
     resumed, sync = step > 0, GradientSync(model, ranks)
-    if cfg.compile:                                         # block by block: one graph for each stage, shared by all
-        torch._dynamo.config.recompile_limit = 64
-        for block in model.blocks:
-            block.compile(dynamic=False, fullgraph=True)
+    if cfg.compile:
+        runs.compile_blocks(model)
     if ranks.first:
         (out / "config.json").write_text(config.show(cfg) + "\n")
     ranks.say(f"{config.show(cfg)}\n{plan.describe(cfg, facts, ranks.world)}\n"

@@ -50,7 +50,23 @@ def presets() -> str:
     return plan.table()
 
 
-TABLES = {"digits": digits, "presets": presets}
+def study() -> str:
+    """Solvers of the default run: those that no other beats in both time and distance, and all of dopri5."""
+    rows = sorted(lines("study"), key=lambda row: row["seconds_per_image"])
+    best, out = float("inf"), ["| solver | NFE | s per image | Frechet distance, pixels |", "|---|---|---|---|"]
+    for row in rows:
+        size = f"{row['rtol']:g}" if row["solver"] == "dopri5" else f"{row['steps']} steps"
+        if row["distance"] < best or (row["solver"] == "dopri5" and row["precision"] == "float32"):
+            out.append(f"| {row['solver']} {size}, {row['precision']} | {row['nfe']:.0f} | "
+                       f"{row['seconds_per_image']:.4f} | {row['distance']:.4f} |")
+        best = min(best, row["distance"])
+    out += ["", f"Those that no other beats in both, and all of dopri5 in float32; all {len(rows)} are in "
+                f"results/study.jsonl; {rows[0]['hardware']}; {rows[0]['versions']}; commit {rows[0]['commit']}; "
+                f"`{rows[0]['command']}`."]
+    return "\n".join(out)
+
+
+TABLES = {"digits": digits, "presets": presets, "study": study}
 
 
 def render(text: str) -> str:

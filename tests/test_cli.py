@@ -3,6 +3,8 @@
 import json
 import re
 import shlex
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -25,6 +27,20 @@ def test_help_is_worth_reading_and_does_not_wait_for_torch(run_script, tmp_path,
     assert run_script(tmp_path / "loaded.py").stdout.endswith("NONE\n")
 
 
+def test_torchrun_takes_no_flag_of_ours_for_its_own():
+    """It completes shortened options, also behind the script's name: --num is its --numa-binding."""
+    from torch.distributed.run import get_args_parser
+
+    flags = set()
+    for script in ("train.py", "sample.py", "fid.py", "latents.py", "bench.py"):
+        text = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True).stdout
+        flags |= set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", text.split("options:")[1]))
+    assert {"--dataset", "-n", "--preview", "--logger"} <= flags and len(flags) > 80
+    for flag in flags - {"--num"}:                          # which has -n
+        parsed = get_args_parser().parse_args(["--standalone", "script.py", flag, "1"])
+        assert parsed.training_script_args == [flag, "1"], flag
+
+
 @pytest.mark.parametrize("command, words", [
     ("train.py --sclaes 3", "unrecognized arguments: --sclaes 3"),
     ("train.py --dataset cats", "unknown dataset 'cats'"),
@@ -43,7 +59,7 @@ def test_help_is_worth_reading_and_does_not_wait_for_torch(run_script, tmp_path,
     ("train.py --device tpu9", "the device 'tpu9' cannot be used"),
     ("train.py --solver-steps 10", "dopri5 chooses its own steps"),
     ("train.py --solver euler", "the solver euler needs a number of steps"),
-    ("sample.py --run nowhere", "no run directory 'nowhere'"),
+    ("sample.py nowhere", "no run directory 'nowhere'"),
     ("sample.py", "no trained run"),
     ("fid.py", "no trained run"),
     ("sample.py --solver magic", "invalid choice: 'magic'"),
@@ -72,6 +88,7 @@ def test_train_sample_score(run_script, give_up, tmp_path):
         assert saved["labels"].tolist() == [7] * 12
     assert (tmp_path / "images" / "grid.png").exists()
 
+    (tmp_path / "broken.npz").write_bytes(b"PK hello")
     for command, words in (("sample.py --labels 10", "no label '10'"), ("sample.py --num 0", "--num"),
                            ("sample.py --solver dopri5 --steps 9", "leave out --steps"),
                            ("sample.py --solver heun --steps 0", "add --steps"),
@@ -81,14 +98,16 @@ def test_train_sample_score(run_script, give_up, tmp_path):
                            ("sample.py --out out/digits/config.json", "cannot be written"),
                            ("fid.py --record .", "cannot be appended"),
                            ("fid.py --num 3", "at least 5"),
-                           ("fid.py --samples out/digits/config.json", "is no samples.npz")):
+                           ("fid.py broken.npz", "is no samples.npz"),
+                           ("fid.py nowhere", "no run directory"),
+                           ("sample.py --cfg-interval 0.5", "two increasing times")):
         assert words in give_up(*shlex.split(command))
 
     out = run_script("fid.py", "--num", "20", "--solver", "euler", "--steps", "4", "--record", "scores.jsonl").stdout
     assert "20 generated images against 1797" in out and "ema at step 6" in out and "recall" in out
     line = json.loads((tmp_path / "scores.jsonl").read_text())
     assert line["n"] == 20 and line["nfe"] == 4 and "--record" in line["command"] and line["real"]["n"] == 20
-    out = run_script("fid.py", "--samples", "images/samples.npz").stdout
+    out = run_script("fid.py", "images/samples.npz").stdout
     assert "12 generated images against 179" in out                             # the sevens only
 
 
@@ -104,7 +123,8 @@ def test_the_readme_shows_what_the_results_say(run_script):
 
 def commands_of_the_readme() -> list[str]:
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
-    return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line.startswith("python ")]
+    return [line.split("#")[0].strip() for block in blocks for line in block.splitlines()
+            if line.startswith("python ") and " DIR " not in line]              # without the reader's own data
 
 
 @pytest.mark.slow
@@ -114,6 +134,7 @@ def test_every_command_of_the_readme_runs(run_script, tmp_path):
         (tmp_path / "photos" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
         noise = np.random.default_rng(i).integers(0, 256, (80, 70, 3)).astype(np.uint8)
         Image.fromarray(noise).save(tmp_path / "photos" / "ab"[i % 2] / f"{i}.png")
+    Image.fromarray(np.full((4, 4), 128, np.uint8)).save(tmp_path / "small.png")
     commands = commands_of_the_readme()
     assert {"python train.py", "python sample.py", "python fid.py"} <= set(commands)
     for command in commands:

@@ -271,7 +271,7 @@ def test_encode_train_sample_decode(tmp_path, images, vae, run_script, give_up):
     assert "cache      latents/folder-32-tiny-vae/train: 20 images" in out
     command = ["--dataset", "folder", "--latent", "--vae", vae, "--res", "32", "--size", "32,2,2,2", "--batch", "8",
                "--solver", "midpoint", "--solver-steps", "4", "--num-samples", "12", "--steps", "20",
-               "--sample-every", "10", "--eval-every", "20", "--log-every", "5", "--log", "tensorboard",
+               "--sample-every", "10", "--eval-every", "20", "--log-every", "5", "--logger", "tensorboard",
                "--warmup", "0"]
     out = run_script("train.py", *command).stdout
     assert "input      4 x 16 x 16, 3 bands, 2 classes" in out and "frechet_pixel" in out
@@ -289,14 +289,14 @@ def test_encode_train_sample_decode(tmp_path, images, vae, run_script, give_up):
         assert saved["images"].shape == (4, 32, 32, 3) and saved["labels"].tolist() == [1] * 4
     out = run_script("sample.py", "--export", "shared").stdout
     assert sorted(p.name for p in (tmp_path / "shared").iterdir()) == ["config.json", "model.safetensors"]
-    run_script("sample.py", "--run", "shared", "--num", "4", "--labels", "10", "--out", "again")
+    run_script("sample.py", "shared", "--num", "4", "--labels", "10", "--out", "again")
     with np.load(run / "samples" / "samples.npz") as a, np.load(tmp_path / "again" / "samples.npz") as b:
         assert np.array_equal(a["images"], b["images"])
-    assert "holds the averaged weights only" in give_up("sample.py", "--run", "shared", "--raw")
+    assert "holds the averaged weights only" in give_up("sample.py", "shared", "--raw")
     facts = json.loads((tmp_path / "shared" / "config.json").read_text())
     facts["data"]["latent"]["sha256"] = "0" * 64
     (tmp_path / "shared" / "config.json").write_text(json.dumps(facts))
-    assert "is not the one that made the latents of this run: its sha256" in give_up("sample.py", "--run", "shared")
+    assert "is not the one that made the latents of this run: its sha256" in give_up("sample.py", "shared")
 
 
 def test_fine_tuning_takes_another_resolution_and_other_classes(tmp_path, images, vae, capsys):

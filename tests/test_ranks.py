@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -265,3 +266,59 @@ def test_the_benchmark_trains_a_row_of_the_paper_on_random_latents(tmp_path, mon
     line = json.loads((tmp_path / "bench.jsonl").read_text())
     assert line["images_per_second"] > 0 and line["mfu"] is None and line["config"]["batch"] == 8
     assert line["processes"] == 1 and "images_per_second" in capsys.readouterr().out
+
+
+def test_new_processes_do_not_meet_the_names_of_dead_ones():
+    """A store with the entries of an attempt that was killed: the new processes agree on a part of their own."""
+    import threading
+
+    import torch.distributed as dist
+
+    from ranks import fresh_part
+
+    store, attempts = dist.HashStore(), []
+    for _ in range(3):
+        parts = {}
+
+        def join(rank, parts=parts):
+            parts[rank] = fresh_part(store, rank, 3)
+
+        threads = [threading.Thread(target=join, args=(rank,)) for rank in (2, 0, 1)]
+        for thread in threads:
+            thread.start()
+            time.sleep(0.05)                                # the others wait, with old names before their eyes
+        for thread in threads:
+            thread.join(timeout=30)
+        assert sorted(parts) == [0, 1, 2]
+        parts[0].set("address", b"mine")
+        assert parts[1].get("address") == parts[2].get("address") == b"mine"
+        attempts.append(parts[0])
+    attempts[0].set("address", b"old")
+    assert attempts[2].get("address") == b"mine"
+
+
+@pytest.mark.slow
+def test_two_processes_draw_the_images_of_one(tmp_path):
+    """dopri5 too: which images share a batch does not depend on the number of processes. Interrupted, they go on."""
+    finished(start(tmp_path, *TINY, "--steps", "3", "--out", "run", processes=1))
+    common = ["run", "-n", "20", "--batch", "4", "--solver", "dopri5", "--device", "cpu"]
+    finished(start(tmp_path, *common, "--out", "one", processes=1, script="sample.py"))
+    out = finished(start(tmp_path, *common, "--out", "two", "--format", "shards", script="sample.py"))
+    assert out.count("NFE  ") == 1 and "5 shards" in out
+    shards = sorted((tmp_path / "two").glob("shard-*.npz"))
+    assert [shard.name for shard in shards] == [f"shard-{first:08d}.npz" for first in range(0, 20, 4)]
+    with np.load(tmp_path / "one" / "samples.npz") as one:
+        drawn = [np.load(shard) for shard in shards]
+        assert np.array_equal(np.concatenate([part["images"] for part in drawn]), one["images"])
+        assert np.array_equal(np.concatenate([part["labels"] for part in drawn]), one["labels"])
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "two")]
+    assert reports[0]["nfe"] == reports[1]["nfe"] and reports[1]["num"] == 20
+    shards[2].unlink()                                      # as if it had been stopped there
+    notes = [(file, file.read_text().splitlines()) for file in (tmp_path / "two").glob("notes-*.jsonl")]
+    for file, lines in notes:
+        file.write_text("\n".join(line for line in lines if '"first": 8' not in line))
+    before = shards[0].stat().st_mtime_ns
+    finished(start(tmp_path, *common, "--out", "two", "--format", "shards", processes=1, script="sample.py"))
+    assert shards[0].stat().st_mtime_ns == before
+    with np.load(shards[2]) as again:
+        assert np.array_equal(again["images"], drawn[2]["images"])

@@ -7,7 +7,8 @@ from config import Config, UserError
 from conftest import random_model
 from data import ImageRandom
 from pyramid import decompose, reconstruct
-from sample import Guided, Run, choose_labels, generate, share_steps, solve
+from runs import Run, choose_labels
+from sample import Guided, generate, share_steps, solve
 from schedule import Schedule, noise_bands
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -395,11 +395,11 @@ def test_wandb_never_asks_and_continues_its_run(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
-    train.main(tiny(tmp_path, log="wandb", steps=5), device="cpu")
+    train.main(tiny(tmp_path, logger="wandb", steps=5), device="cpu")
     assert calls[0]["mode"] == "offline" and calls[0]["id"] == "run" and calls[0]["resume"] == "allow"
     step, line = calls[1]
     assert step == 5 and {"loss", "loss_bands/0", "loss_bins/0/3", "lr"} <= set(line)
     assert all(isinstance(value, (int, float)) for value in line.values())
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match="--log wandb needs its package: pip install wandb"):
-        train.main(tiny(tmp_path, "other", log="wandb"), device="cpu")
+    with pytest.raises(UserError, match="--logger wandb needs its package: pip install wandb"):
+        train.main(tiny(tmp_path, "other", logger="wandb"), device="cpu")

@@ -1,0 +1,237 @@
+"""Previews, refinement, variations and upsampling, exact for a random network; samples on disk, whoever draws them."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+import causal
+import gallery
+import sample
+from config import Config, UserError
+from conftest import random_model
+from pyramid import decompose, reconstruct
+from ranks import Ranks
+from runs import Run
+from schedule import Schedule
+
+HEUN = dict(solver="heun", steps=9)
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture
+def run(tmp_path) -> Run:
+    """Three bands, five classes, random weights everywhere, so that every band depends on all that it may read."""
+    cfg = Config(res=16, num_scales=3)
+    return Run(cfg, random_model(), {"classes": list("abcde")}, tmp_path, 7, "ema")
+
+
+def whole(run, numbers, labels, **settings) -> list:
+    return causal.draw_bands(run, causal.noise_of(run, 0, numbers), labels, **settings)[0]
+
+
+@pytest.mark.parametrize("bands", [1, 2])
+@pytest.mark.parametrize("noise", ["pyramid", "independent"])
+def test_previews_are_the_coarse_bands_of_the_images_that_come_later(run, bands, noise):
+    """Drawn in other batches, with guidance: to float rounding."""
+    object.__setattr__(run.cfg, "noise", noise)
+    labels = np.array([0, 3, 1, 4])
+    x1, nfe = causal.preview(run, range(4), labels, bands=bands, cfg_scale=1.7, **HEUN)
+    assert x1.shape == (4, 2, 4 * bands, 4 * bands) and nfe == 18
+    for i in range(4):
+        later = whole(run, [i], labels[i : i + 1], cfg_scale=1.7, **HEUN)
+        assert torch.allclose(reconstruct(later[:bands]), x1[i : i + 1], atol=1e-5)
+    finest = run.model.patch_out[2].linear.weight
+    torch.nn.init.normal_(finest, std=5)                    # the finest band changes, the preview does not
+    changed = whole(run, range(4), labels, cfg_scale=1.7, **HEUN)
+    assert torch.allclose(reconstruct(changed[:bands]), x1, atol=1e-5)
+
+
+def test_an_adaptive_solver_agrees_to_its_tolerance(run):
+    labels = np.array([0, 3])
+    x1, _ = causal.preview(run, range(2), labels, rtol=1e-6, atol=1e-6, solver="dopri5")
+    later = whole(run, range(2), labels, rtol=1e-6, atol=1e-6, solver="dopri5")
+    assert torch.allclose(later[0], x1, atol=1e-4)
+
+
+def test_a_preview_costs_the_tokens_of_its_bands_only(run, monkeypatch):
+    seen = Counter()
+    forward = type(run.model).forward
+    monkeypatch.setattr(type(run.model), "forward", lambda model, bands, t, y=None: (
+        seen.update([len(bands)]), forward(model, bands, t, y))[1])
+    causal.preview(run, range(2), np.array([0, 1]), **HEUN)
+    assert seen == {1: 18}
+    assert run.model.num_tokens == [4, 16, 64]              # 4 of 84
+
+
+def test_an_unmasked_model_does_not_have_this_property(run, tmp_path):
+    other = Run(Config(res=16, num_scales=3, mask="none"), random_model(mask="none"), run.facts, tmp_path, 7, "ema")
+    x1, _ = causal.preview(other, range(2), np.array([0, 1]), **HEUN)
+    assert (whole(other, range(2), np.array([0, 1]), **HEUN)[0] - x1).abs().max() > 1e-2
+
+
+def test_variations_share_the_coarse_bands_and_nothing_else(run):
+    original = whole(run, [17], np.array([2]), **HEUN)
+    for bands in (1, 2):
+        x1, _ = causal.vary(run, 17, 5, np.full(5, 2), bands=bands, **HEUN)
+        found = decompose(x1, 3)
+        # the network's fine bands need not average to zero: undo what they add to the coarse ones
+        again, _ = causal.draw_bands(run, [causal.noise_of(run, 0, [17])[i].expand(5, -1, -1, -1) if i < bands else n
+                                           for i, n in enumerate(causal.noise_of(run, 1, range(5)))],
+                                     np.full(5, 2), **HEUN)
+        for i in range(bands):
+            assert torch.allclose(again[i], original[i].expand(5, -1, -1, -1), atol=1e-5)
+        assert torch.allclose(reconstruct(again), x1) and len(found) == 3
+        assert again[2].std(dim=0).mean() > 0.1 and (again[1].std(dim=0).mean() > 0.1) == (bands == 1)
+
+
+def test_the_noise_of_a_variation_is_white_again(run):
+    """Coarse bands of one white image and fine bands of another: together as white as either."""
+    one, other = causal.noise_of(run, 0, range(4000)), causal.noise_of(run, 1, range(4000))
+    mixed = reconstruct([one[0], *other[1:]]).flatten(1)
+    covariance = mixed.T @ mixed / len(mixed)
+    assert (covariance - torch.eye(len(covariance))).abs().max() < 0.12
+    assert (covariance - torch.eye(len(covariance))).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize("known", [1, 2])
+def test_upsampling_imposes_the_coarse_bands_where_training_saw_them(run, known):
+    """The network reads alpha x_1 + sigma x_0 in the known bands at every time, and the result contains them."""
+    schedule, small, seen = Schedule(run.cfg.starts), torch.rand(2, 4 * known, 4 * known) * 2 - 1, []
+    forward = run.model.forward
+
+    def spy(bands, t, y=None):
+        seen.append((t[0].item(), [band.clone() for band in bands]))
+        return forward(bands, t, y)
+
+    run.model.forward = spy
+    x1, nfe = causal.upsample(run, small, 3, np.array([0, 1, 2]), **HEUN)
+    assert x1.shape == (3, 2, 16, 16) and len(seen) == nfe
+    bands, noise = decompose(small.expand(3, -1, -1, -1), known), causal.noise_of(run, 0, range(3))
+    for t, state in seen:
+        assert t >= run.cfg.starts[known] - 1e-6
+        for i in range(known):
+            alpha, sigma, _, _ = schedule.coefficients(i, t)
+            assert torch.allclose(state[i], float(alpha) * bands[i] + float(sigma) * noise[i], atol=1e-5)
+    start = [state for t, state in seen if len(state) == known + 1][0]
+    assert torch.allclose(start[known], (1 - run.cfg.starts[known]) * noise[known], atol=1e-5)
+    with pytest.raises(UserError, match="are 4 or 8 pixels wide, not"):
+        causal.upsample(run, torch.zeros(2, 5, 5), 1, np.array([0]), **HEUN)
+
+
+def test_upsampling_gaussian_data_gives_the_conditional_distribution(tmp_path):
+    """Closed form: smooth Gaussian images of 4 x 4, the unmasked optimal field; the fine bands given the coarse ones
+    have the conditional mean and covariance, up to what the coarse path's noise hides (T is late)."""
+    torch.manual_seed(0)
+    side, start = 4, 0.9
+    place = torch.arange(side, dtype=torch.float64)
+    line = 0.8 ** (place[:, None] - place).abs()
+    cov = torch.kron(line, line)                                                    # of the pixels
+    basis = torch.cat([b.flatten(1) for b in decompose(torch.eye(16, dtype=torch.float64).view(16, 1, 4, 4), 2)], 1).T
+    data, white = basis @ cov @ basis.T, basis @ basis.T                            # of the bands, 4 + 16 numbers
+    schedule = Schedule((0.0, start))
+
+    def field(bands, t, y):
+        t = t[0].double()
+        x = torch.cat([band.flatten(1) for band in bands], dim=1).double()
+        sizes = [4, 16][: len(bands)]
+        a, s, da, ds = (torch.cat([torch.full((n,), float(schedule.coefficients(i, t)[k]))
+                                   for i, n in enumerate(sizes)]) for k in range(4))
+        m = len(a)
+        state = a[:, None] * data[:m, :m] * a + s[:, None] * white[:m, :m] * s
+        cross = da[:, None] * data[:m, :m] * a + ds[:, None] * white[:m, :m] * s
+        v = x @ (cross @ torch.linalg.pinv(state, rtol=1e-9, hermitian=True)).T
+        return [part.reshape(band.shape).float() for part, band in zip(v.split(sizes, dim=1), bands, strict=True)]
+
+    class Model:
+        num_classes, in_channels, resolution = 0, 1, 4
+
+        def parameters(self):
+            yield torch.zeros(1)
+
+        def __call__(self, bands, t, y):
+            return field(bands, t, y)
+
+    run = Run(Config(res=4, starts=(0.0, start), size="32,2,2,1"), Model(), {"classes": []}, tmp_path, 1, "raw")
+    small = torch.tensor([[[1.0, -0.5], [0.3, 0.8]]])
+    x1, _ = causal.upsample(run, small, 4000, None, solver="heun", steps=250)
+    fine = decompose(x1, 2)[1].flatten(1).double()
+    gain = data[4:, :4] @ torch.linalg.inv(data[:4, :4])
+    mean, rest = gain @ small.flatten().double(), data[4:, 4:] - gain @ data[:4, 4:]
+    assert (fine.mean(0) - mean).abs().max() < 0.06
+    assert torch.linalg.norm(torch.cov(fine.T) - rest) < 0.1 * torch.linalg.norm(rest)
+
+
+def test_the_flags_say_what_they_cannot_do(run, tmp_path):
+    class Args:
+        preview = refine = vary = upsample = None
+        bands, num, seed, batch, labels = 1, 2, 0, 10, "balanced"
+        solver, steps = "heun", 6
+
+    with pytest.raises(UserError, match="--bands must be between 1 and 2"):
+        causal.main(run, type("A", (Args,), {"preview": True, "bands": 3}), tmp_path / "a")
+    with pytest.raises(UserError, match="takes image numbers like 3,17,42, not 'x'"):
+        causal.main(run, type("A", (Args,), {"refine": "x"}), tmp_path / "b")
+    object.__setattr__(run.cfg, "mask", "none")
+    with pytest.raises(UserError, match="with --mask none"):
+        causal.main(run, type("A", (Args,), {"preview": True}), tmp_path / "c")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# samples on disk
+
+
+def fill(run, out, format, stop=None, num=10, **settings) -> gallery.Gallery:
+    """Draws `num` images into a gallery, as sample.py does; stops after some batches."""
+    job = {"num": num, **settings}
+    samples = gallery.Gallery(out, job, format, ALONE)
+    todo = samples.prepare(sample.chunks_of(num, 3))
+    labels = np.arange(num) % 5
+    for numbers, images, note in sample.batches(run, todo[:stop], labels, 0, solver="euler", steps=3):
+        samples.write(numbers, images[..., :1].repeat(3, axis=3), labels[numbers.start : numbers.stop], note)
+    return samples
+
+
+@pytest.mark.parametrize("format", ["npz", "shards", "png"])
+def test_samples_continue_after_a_stop_and_every_format_holds_the_same(run, tmp_path, format):
+    expected = sample.generate(run, 10, np.arange(10) % 5, batch=3, progress=False, solver="euler", steps=3)[0]
+    fill(run, tmp_path / "out", format, stop=2)
+    with open(tmp_path / "out" / "notes-0.jsonl", "a") as file:
+        file.write('\n{"first": 6, "cou')                   # a kill cut this line off
+    drawn = fill(run, tmp_path / "out", format)
+    assert [note["first"] for note in drawn.notes()] == [0, 3, 6, 9]
+    report = sample.report_of(run, drawn.notes(), 0, 3, {})
+    assert report["num"] == 10 and report["nfe"] == 3
+    drawn.finish(report, np.arange(10) % 5, run.classes)
+    images, labels = (np.concatenate(part) for part in zip(*gallery.read_samples(tmp_path / "out", 4), strict=True))
+    assert np.array_equal(images, expected[..., :1].repeat(3, axis=3))
+    assert labels.tolist() == ([-1] * 10 if format == "png" else [i % 5 for i in range(10)])
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["nfe"] == 3
+    assert (tmp_path / "out" / "grid.png").exists()
+
+
+def test_other_samples_are_not_mixed_in(run, tmp_path):
+    fill(run, tmp_path / "out", "shards", stop=2)
+    with pytest.raises(UserError, match="holds other samples"):
+        fill(run, tmp_path / "out", "shards", cfg_scale=2)
+    fill(run, tmp_path / "one", "npz", stop=2)
+    assert len(fill(run, tmp_path / "one", "npz", cfg_scale=2).notes()) == 4        # a single file is simply made anew
+
+
+def test_guidance_in_an_interval_of_times_only(run):
+    """Outside the interval it is the conditional model at the price of one pass; NFE do not change."""
+    plain, part, never = (sample.generate(run, 3, np.arange(3), progress=False, cfg_scale=w, interval=interval, **HEUN)
+                          for w, interval in ((3.0, (0.0, 1.0)), (3.0, (0.4, 0.8)), (1.0, (0.0, 1.0))))
+    assert plain[1]["nfe"] == part[1]["nfe"] == never[1]["nfe"] == 18
+    assert plain[1]["forwards"] == 36 and never[1]["forwards"] == 18 and 18 < part[1]["forwards"] < 36
+    assert not np.array_equal(plain[0], part[0]) and not np.array_equal(part[0], never[0])
+    assert "between t = 0.4 and 0.8" in sample.describe(part[1])
+
+
+def test_a_network_in_bfloat16_keeps_the_state_in_float32(run):
+    images, report = sample.generate(run, 3, np.arange(3), progress=False, precision="bfloat16", **HEUN)
+    exact, _ = sample.generate(run, 3, np.arange(3), progress=False, **HEUN)
+    assert report["precision"] == "bfloat16" and not np.array_equal(images, exact)
+    assert np.abs(images.astype(int) - exact).mean() < 8
