@@ -131,6 +131,10 @@ def main(run, args, out: Path) -> None:
             report = show_upsampled(run, args, settings, out)
     report = {"seed": args.seed, "bands": args.bands, **settings, **report}
     (out / "report.json").write_text(json.dumps(report, indent=2))
+    if args.record:
+        import fid  # built on sample.py, as this file is
+
+        fid.record(Path(args.record), run.cfg, run.device, report)
 
 
 def save(file: Path, images: np.ndarray, labels: np.ndarray | None, **more) -> None:
@@ -156,7 +160,8 @@ def show_previews(run, args, settings, out) -> dict:
     print(f"previews   {args.num} thumbnails of {images.shape[1]} x {images.shape[2]}, {nfe} calls of the network, "
           f"{seconds / args.num:.4f} s each: {speed_up:.1f} times faster than whole images")
     print(f"wrote      {out}/previews.png, previews.npz; finish some with --refine 0,3,7 and the same seed and solver")
-    return {"num": args.num, "nfe": nfe, "seconds_per_image": seconds / args.num, "speed_up": speed_up}
+    return {"what": "preview", "num": args.num, "nfe": nfe, "seconds_per_image": seconds / args.num,
+            "speed_up": speed_up}
 
 
 def show_refined(run, args, settings, out) -> dict:
@@ -177,7 +182,7 @@ def show_refined(run, args, settings, out) -> dict:
                          [f"image {i}" for i in numbers], ["preview", "finished"])
     print(f"refined    images {args.refine}: {nfe} calls; their coarse bands differ from the previews by {gap:.1e}")
     print(f"wrote      {out}/refined.png, refined.npz")
-    return {"numbers": numbers, "nfe": nfe, "largest_difference": gap}
+    return {"what": "refine", "numbers": numbers, "nfe": nfe, "largest_difference": gap}
 
 
 def show_variations(run, args, settings, out) -> dict:
@@ -199,7 +204,7 @@ def show_variations(run, args, settings, out) -> dict:
     print(f"variations {args.num} of image {args.vary}, {nfe} calls: standard deviation between them {inside:.3f}, of "
           f"their averages over coarse pixels {spread:.3f}")
     print(f"wrote      {out}/variations.png, variations.npz")
-    return {"number": args.vary, "num": args.num, "nfe": nfe, "std": inside, "std_coarse": spread}
+    return {"what": "vary", "number": args.vary, "num": args.num, "nfe": nfe, "std": inside, "std_coarse": spread}
 
 
 def show_upsampled(run, args, settings, out) -> dict:
@@ -234,7 +239,7 @@ def show_upsampled(run, args, settings, out) -> dict:
     print(f"fidelity   averaged down again they differ from the input by {errors['ours']:.2f} of 255 (root mean "
           f"square); bicubic by {errors['bicubic']:.2f}")
     print(f"wrote      {out}/upsampled.png, upsampled.npz")
-    return {"image": args.upsample, "num": args.num, "nfe": nfe, "rms_of_input": errors["ours"],
+    return {"what": "upsample", "image": args.upsample, "num": args.num, "nfe": nfe, "rms_of_input": errors["ours"],
             "rms_of_input_bicubic": errors["bicubic"]}
 
 

@@ -33,6 +33,7 @@ if __name__ == "__main__":                                  # before torch is lo
     PARSER.add_argument("--vary", metavar="I", type=int, help="--num variations of image I: new details")
     PARSER.add_argument("--upsample", metavar="IMAGE", help="--num images with this one as their coarse band(s)")
     PARSER.add_argument("--bands", type=int, default=1, help="number of coarse bands of these four [1]")
+    PARSER.add_argument("--record", metavar="FILE", help="append what these four measured to a .jsonl file")
     PARSER.add_argument("--export", metavar="DIR", help="write the weights to share, safetensors, and no images")
     ARGUMENTS = PARSER.parse_args()
 

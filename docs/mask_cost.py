@@ -5,9 +5,10 @@ E[v_i | all bands]; with the mask band i can only be given E[v_i | bands 0..i]. 
 figure shows how far the covariance of the result is from that of the data, against the start time T of the fine band
 (K = 2).
 
-    python docs/mask_cost.py
+    python docs/mask_cost.py [--record results/mask_cost.jsonl]
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import fid  # noqa: E402
 from config import Config  # noqa: E402
 from data import load  # noqa: E402
 from pictures import pyplot  # noqa: E402
@@ -71,7 +73,9 @@ def result_covariance(data: np.ndarray, noise: np.ndarray, sizes: list[int], sch
 
 
 def main() -> None:
-    side = 8
+    parser = argparse.ArgumentParser(description="Draws docs/mask_cost.png and prints its numbers.")
+    parser.add_argument("--record", help="append the numbers and how they were made to a .jsonl file")
+    args, side = parser.parse_args(), 8
     transform, sizes = pyramid_matrix(side)
     digits = load(Config()).pixels.reshape(-1, side * side) / 127.5 - 1
     row, column = np.divmod(np.arange(side * side), side)
@@ -92,6 +96,9 @@ def main() -> None:
                 errors.append(np.linalg.norm(got - target) / np.linalg.norm(target))
             print(f"{name}, {'causal' if causal else 'unmasked'}: "
                   + "  ".join(f"T={t:.2g} {100 * e:.3f}%" for t, e in zip(times, errors, strict=True)))
+            if args.record:
+                fid.record(Path(args.record), Config(), torch.device("cpu"), {
+                    "data": name, "causal": causal, "errors": dict(zip(map(str, times), errors, strict=True))})
             axis.plot(times, 100 * np.array(errors), color=f"C{number}", linestyle="-" if causal else ":", marker=".",
                       label=f"{name}, {'causal mask' if causal else 'no mask'}")
     axis.set(xlabel="start time T of the fine band", ylabel="error of the covariance, %", ylim=(0, None))

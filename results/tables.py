@@ -66,7 +66,35 @@ def study() -> str:
     return "\n".join(out)
 
 
-TABLES = {"digits": digits, "presets": presets, "study": study}
+def causal() -> str:
+    """What previews, refinement and upsampling measured on the default run."""
+    preview, refine, vary, upsample = ({row["what"]: row for row in lines("causal")}[what] for what in (
+        "preview", "refine", "vary", "upsample"))
+    rows = {"a preview, against a whole image": f"{preview['speed_up']:.1f} times faster",
+            "coarse bands of finished images, against their previews": f"at most {refine['largest_difference']:.0e} apart",
+            "standard deviation between eight variations": f"{vary['std']:.2f}",
+            "and between their averages over coarse pixels": f"{vary['std_coarse']:.0e}",
+            "an upsampled digit averaged down, against the input": f"{upsample['rms_of_input']:.1f} of 255 (root mean "
+            f"square); bicubic {upsample['rms_of_input_bicubic']:.1f}"}
+    out = ["| on the digits | measured |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+    return "\n".join([*out, "", f"heun, {preview['steps']} steps; {preview['hardware']}; {preview['versions']}; commit "
+                      f"{preview['commit']}."])
+
+
+def mask_cost() -> str:
+    """Errors of the covariance under the causal mask, in closed form."""
+    times = ("0.1", "0.2", "0.5", "0.9")
+    out = ["| Gaussian data like | " + " | ".join(f"T = {t}" for t in times) + " | no mask |", "|---|" + "---|" * 5]
+    rows = lines("mask_cost")
+    for row in rows:
+        if row["causal"]:
+            free = next(r for r in rows if r["data"] == row["data"] and not r["causal"])
+            out.append(f"| {row['data']} | " + " | ".join(f"{100 * row['errors'][t]:.2g}%" for t in times)
+                       + f" | {100 * max(free['errors'].values()):.0g}% |")
+    return "\n".join(out)
+
+
+TABLES = {"causal": causal, "mask_cost": mask_cost, "digits": digits, "presets": presets, "study": study}
 
 
 def render(text: str) -> str:
