@@ -79,7 +79,7 @@ def bench_fid(count: int = 50_000, dim: int = 2048, batch: int = 250) -> dict:
     """Seconds and peak memory of what fid.py does with the features of `count` images."""
     generator, made, began = np.random.default_rng(0), [], time.perf_counter()
     for scale in (1.0, 1.1):
-        statistics = features.Statistics({})
+        statistics = features.Statistics({}, count)
         for _ in range(count // batch):
             drawing = time.perf_counter()
             drawn = scale * generator.standard_normal((batch, dim), np.float32)

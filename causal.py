@@ -111,6 +111,8 @@ def main(run, args, out: Path) -> None:
     if run.cfg.mask == "none" and not args.upsample:
         raise UserError("previews and variations need coarse bands that do not read finer ones: this run was trained "
                         "with --mask none")
+    if not args.preview and args.num > args.batch:
+        raise UserError(f"these images are drawn in one batch: at most --batch {args.batch}, not {args.num}")
     if not 1 <= args.bands < max(2, run.cfg.num_scales):
         raise UserError(f"--bands must be between 1 and {run.cfg.num_scales - 1} for the {run.cfg.num_scales} bands of "
                         f"this run, not {args.bands}")
@@ -120,17 +122,19 @@ def main(run, args, out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise UserError(f"the directory {out} cannot be written: {problem}; choose another with --out") from None
+    runs.full_float32()
     with torch.no_grad():
         if args.preview:
             report = show_previews(run, args, settings, out)
-        elif args.refine:
+        elif args.refine is not None:
             report = show_refined(run, args, settings, out)
         elif args.vary is not None:
             report = show_variations(run, args, settings, out)
         else:
             report = show_upsampled(run, args, settings, out)
-    report = {"seed": args.seed, "bands": args.bands, **settings, **report}
-    (out / "report.json").write_text(json.dumps(report, indent=2))
+    report = {**report, "seed": args.seed, "bands": args.bands, **settings, "run": str(run.folder), "step": run.step,
+              "weights": run.weights}
+    (out / f"{report['what']}.json").write_text(json.dumps(report, indent=2))
     if args.record:
         import fid  # built on sample.py, as this file is
 
@@ -144,6 +148,9 @@ def save(file: Path, images: np.ndarray, labels: np.ndarray | None, **more) -> N
 def show_previews(run, args, settings, out) -> dict:
     labels = runs.choose_labels(args.labels, args.num, run.classes)
     images, seconds = [], 0.0
+    preview(run, range(min(2, args.num)), None if labels is None else labels[:2], args.seed, args.bands, **settings)
+    if run.facts.get("latent"):
+        run.autoencoder                                     # noqa: B018   warm: loading does not count
     for numbers in sample.chunks_of(args.num, args.batch):
         began = time.perf_counter()
         mine = None if labels is None else labels[numbers.start : numbers.stop]
@@ -152,7 +159,8 @@ def show_previews(run, args, settings, out) -> dict:
         seconds += time.perf_counter() - began
     few = range(min(args.num, args.batch))                  # whole images of the first batch, for the comparison
     began = time.perf_counter()
-    draw_bands(run, noise_of(run, args.seed, few), None if labels is None else labels[: len(few)], **settings)
+    mine = None if labels is None else labels[: len(few)]
+    run.decode(reconstruct(draw_bands(run, noise_of(run, args.seed, few), mine, **settings)[0]))
     speed_up = (time.perf_counter() - began) / len(few) / (seconds / args.num)
     images = np.concatenate(images)
     save(out / "previews.npz", images, labels)
@@ -196,7 +204,7 @@ def show_variations(run, args, settings, out) -> dict:
     small = x1
     for _ in range(run.cfg.num_scales - args.bands):
         small = down(small)
-    spread, inside = small.std(dim=0).mean().item(), x1.std(dim=0).mean().item()
+    spread, inside = small.std(dim=0, correction=0).mean().item(), x1.std(dim=0, correction=0).mean().item()
     images = run.decode(torch.cat([reconstruct(original), x1]))
     save(out / "variations.npz", images[1:], labels)
     pictures.draw_images(out / "variations.png", [list(images[:10])], [],
@@ -214,7 +222,7 @@ def show_upsampled(run, args, settings, out) -> dict:
     pixels = sources.read_image(Path(args.upsample), run.cfg.res // factor, args.upsample)      # (3, r, r)
     pixels = pixels if latent or run.shape[0] == 3 else np.rint(pixels.mean(axis=0, keepdims=True)).astype(np.uint8)
     x = torch.tensor(pixels, device=run.device)[None].float() / 127.5 - 1
-    if latent:                                              # the coarse band of a latent: the latent of the small image
+    if latent:          # an approximation: the coarse band is the average of a latent, not the latent of the average
         auto = run.autoencoder
         small = ((auto.moments(x).chunk(2, dim=1)[0] - auto.shift) * auto.scale)[0]
     else:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import runs
 from config import UserError
 
 INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
@@ -103,7 +104,9 @@ class DINOv2:
             self.network = network.eval().to(device)
         except Exception as problem:                        # whatever the network and the hub raise
             raise UserError(f"DINOv2 cannot be loaded from {DINOV2} ({type(problem).__name__}); without a network, run "
-                            "torch.hub.load on a machine that has one and copy ~/.cache/torch/hub") from None
+                            f"torch.hub.load on a machine that has one and copy {torch.hub.get_dir()} with "
+                            "checkpoints/dinov2_vitl14_pretrain.pth, or name a TorchScript file with --extractor-file"
+                            ) from None
         self.identity = DINOV2
 
     @torch.no_grad()
@@ -119,6 +122,7 @@ class DINOv2:
 
 def load_extractor(name: str, file: str = "", device="cpu", trust: bool = False):
     """One of EXTRACTORS. Raises UserError when it is unknown or not at hand."""
+    runs.full_float32()
     if name == "pixels":
         return Pixels()
     if name not in EXTRACTORS:
@@ -173,58 +177,69 @@ def through_codec(images: np.ndarray, codec: str) -> np.ndarray:
 # statistics of a set of images
 
 
+KEEP = 50_000                                               # features kept of a set: 0.4 GB of Inception's
+
+
 @dataclass
 class Statistics:
     """Mean, covariance and features of a set of images, added up batch by batch.
 
-    Sums and products are float64; the features are kept in float32, for recall and KID: 50,000 x 2,048 take 0.4 GB,
-    twice that while they are joined. how: what they were made of and how, everything that must be equal to compare.
+    Sums and products are float64. Features and probabilities of at most KEEP images, a fixed random choice among
+    `total` (0: all), are kept in float32, in the order of the images, whoever added them.
+    how: what they were made of and how, everything that must be equal to compare.
     """
 
     how: dict
-    features: list = field(default_factory=list)
-    probabilities: list = field(default_factory=list)
+    total: int = 0
+    features: dict = field(default_factory=dict)            # number of the first image of a batch -> array
+    probabilities: dict = field(default_factory=dict)
     count: int = 0
-    total: np.ndarray | float = 0.0
+    sum: np.ndarray | float = 0.0
     products: np.ndarray | float = 0.0
 
-    def add(self, features: np.ndarray, probabilities: np.ndarray | None = None) -> None:
-        """Features (B, D) of a batch."""
+    def add(self, features: np.ndarray, probabilities: np.ndarray | None = None, first: int | None = None) -> None:
+        """Features (B, D) of the images first, first + 1, ... (None: those after the last)."""
         if features.ndim != 2:
             raise UserError(f"features must have the shape (images, features), not {features.shape}")
-        x = features.astype(np.float64)
-        self.count, self.total, self.products = self.count + len(x), self.total + x.sum(axis=0), self.products + x.T @ x
-        self.features.append(features.astype(np.float32))
+        x, first = features.astype(np.float64), self.count if first is None else first
+        self.count, self.sum, self.products = self.count + len(x), self.sum + x.sum(axis=0), self.products + x.T @ x
+        kept = self.kept()[first : first + len(x)] if self.total > KEEP else slice(None)
+        self.features[first] = features.astype(np.float32)[kept]
         if probabilities is not None:
-            self.probabilities.append(probabilities.astype(np.float32))
+            self.probabilities[first] = probabilities.astype(np.float32)[kept]
+
+    def kept(self) -> np.ndarray:
+        """Which of `total` images keep their features."""
+        mask = np.zeros(self.total, bool)
+        mask[np.random.default_rng(0).permutation(self.total)[:KEEP]] = True
+        return mask
 
     def gather(self, ranks) -> "Statistics":
-        """The statistics of all processes together; features in the order of the processes."""
-        if ranks.world == 1:
-            return self
-        parts = ranks.gather((self.count, self.total, self.products, self.features, self.probabilities))
-        joined = Statistics(self.how)
+        """The statistics of all processes together, in the first one."""
+        parts = ranks.gather((self.count, self.sum, self.products, self.features, self.probabilities))
+        joined = Statistics(self.how, self.total)
         for count, total, products, features, probabilities in parts:
-            joined.count, joined.total = joined.count + count, joined.total + total
+            joined.count, joined.sum = joined.count + count, joined.sum + total
             joined.products = joined.products + products
-            joined.features += features
-            joined.probabilities += probabilities
+            joined.features.update(features)
+            joined.probabilities.update(probabilities)
         return joined
 
     @property
     def mean(self) -> np.ndarray:
-        return self.total / self.count
+        return self.sum / self.count
 
     @property
     def cov(self) -> np.ndarray:
         """Unbiased, symmetric to the last bit."""
-        cov = (self.products - np.outer(self.total, self.total) / self.count) / (self.count - 1)
+        cov = (self.products - np.outer(self.sum, self.sum) / self.count) / (self.count - 1)
         return (cov + cov.T) / 2
 
     def all_features(self) -> np.ndarray:
-        if len(self.features) > 1:
-            self.features = [np.concatenate(self.features)]
-        return self.features[0]
+        return np.concatenate([self.features[first] for first in sorted(self.features)])
+
+    def all_probabilities(self) -> np.ndarray:
+        return np.concatenate([self.probabilities[first] for first in sorted(self.probabilities)])
 
 
 @dataclass

@@ -34,7 +34,7 @@ if __name__ == "__main__":                                  # before torch is lo
     PARSER.add_argument("--ref", metavar="FILE", help="compare with this reference: of fid.py ref, ADM or pytorch-fid")
     PARSER.add_argument("--repeat", type=int, default=1, help="draw so many sets, of seeds SEED, SEED+1, ... [1]")
     PARSER.add_argument("--force", action="store_true", help="score fewer images than the features have dimensions")
-    PARSER.add_argument("--extractor", default="inception", help="inception, dinov2 or pixels [inception]")
+    PARSER.add_argument("--extractor", help="inception, dinov2 or pixels [inception]")
     PARSER.add_argument("--extractor-file", default="", help="its TorchScript file [downloaded once, hash checked]")
     PARSER.add_argument("--trust", action="store_true", help="accept an --extractor-file with another hash")
     PARSER.add_argument("--codec", choices=("none", "jpeg"), default="none",
@@ -269,7 +269,7 @@ def check_record(file: str | None) -> None:
         raise UserError(f"results cannot be appended to {file}: {problem}") from None
 
 
-def record(file: Path, cfg: Config, device: torch.device, scores: dict) -> None:
+def record(file: Path, cfg: Config | None, device: torch.device, scores: dict) -> None:
     """Appends one line with all that is needed to repeat a measurement; the tables of README.md are made from such."""
     git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False,
                          cwd=Path(__file__).parent)
@@ -277,9 +277,13 @@ def record(file: Path, cfg: Config, device: torch.device, scores: dict) -> None:
     line = {"date": time.strftime("%Y-%m-%d"), "commit": git.stdout.strip(), "hardware": name,
             "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
             "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
-            "config": cfg.to_dict(), **scores}
-    with open(file, "a") as stream:
-        stream.write(json.dumps(line) + "\n")
+            "config": cfg.to_dict() if cfg else None, **scores}
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(file, "a") as stream:
+            stream.write(json.dumps(line) + "\n")
+    except OSError as problem:
+        raise UserError(f"the result cannot be appended to {file} ({problem}): {json.dumps(scores)}") from None
 
 
 def cpu_name() -> str:
@@ -309,97 +313,120 @@ def compare(statistics: features.Statistics, reference: features.Reference, forc
     n, dim = statistics.count, len(reference.mean)
     if statistics.mean.shape != reference.mean.shape:
         raise UserError(f"the reference has {dim} features, the extractor gives {len(statistics.mean)}: they differ")
-    if n < dim + 1 and not force:
-        raise UserError(f"{n} images are too few for {dim} features: the distance would mean nothing. Draw at least "
-                        f"{dim + 1} (papers: 50000), or look at it anyway with --force")
+    check_enough(n, dim, force)
     name = {"inception": "fid", "dinov2": "fdd"}.get(statistics.how["extractor"].split()[0], "frechet")
     scores = {"n": n, "n_reference": reference.how.get("n"), "name": f"{name.upper()}-{title(n)}",
               name: frechet_distance(statistics.mean, statistics.cov, reference.mean, reference.cov)}
     if reference.features is not None:                      # mean and covariance alone are enough for the first
-        real, fake = reference.features, statistics.all_features()
+        real, fake = (side[np.random.default_rng(1).permutation(len(side))]         # folders are sorted by class
+                      for side in (reference.features, statistics.all_features()))
         some = {"real": real[:MANIFOLD], "fake": fake[:MANIFOLD]}
         scores["precision"], scores["recall"] = precision(**some), recall(**some)
         scores["n_recall"] = min(MANIFOLD, n)
-        size = min(1000, len(real), len(fake))
-        scores["kid"], scores["kid_std"] = kid(real, fake, size=size)
+        scores["kid"], scores["kid_std"] = kid(real, fake, size=min(1000, len(real), len(fake)))
     if statistics.probabilities:
-        scores["inception_score"], scores["inception_score_std"] = inception_score(
-            np.concatenate(statistics.probabilities))
+        scores["inception_score"], scores["inception_score_std"] = inception_score(statistics.all_probabilities())
     return scores
 
 
-def statistics_of(batches, extractor, how: dict, codec: str, total: int, ranks) -> features.Statistics:
-    """One pass over batches of (images, ...): those of all processes together."""
-    result = features.Statistics(how)
+def statistics_of(batches, extractor, how: dict, total: int, ranks) -> features.Statistics:
+    """One pass over (first, images) of this process: the statistics of all of them together, in the first process."""
+    result = features.Statistics(how, total)
     with tqdm(total=total, desc="features", unit="img", leave=False, disable=not ranks.first) as bar:
-        for images in batches:
-            result.add(*extractor(features.through_codec(images, codec)))
+        for first, images in batches:
+            result.add(*extractor(features.through_codec(images, how["codec"])), first=first)
             bar.update(min(len(images) * ranks.world, bar.total - bar.n))
     return result.gather(ranks)
+
+
+def load_extractor(args, name: str, ranks):
+    """The extractor; the first process downloads what is missing before the others look for it."""
+    def load():
+        return features.load_extractor(name, args.extractor_file, ranks.device, args.trust)
+
+    ranks.first_does(load)
+    return load()
 
 
 def make_reference(args, ranks) -> None:
     """python fid.py ref: statistics of real images."""
     source = sources.open_source(args.dataset, args.data, args.split)
-    extractor = features.load_extractor(args.extractor, args.extractor_file, ranks.device, args.trust)
+    extractor = load_extractor(args, args.extractor or "inception", ranks)
     how = {"extractor": extractor.identity, "codec": args.codec, "res": args.res, "source": args.data,
            "crop": "ADM: box halving, bicubic, centre", "fingerprint": source.fingerprint}
     chunks = sample.chunks_of(len(source), args.batch)[ranks.rank :: ranks.world]
-    read = (np.stack([source.image(i, args.res) for i in chunk]).transpose(0, 2, 3, 1) for chunk in chunks)
-    statistics = statistics_of(read, extractor, how, args.codec, len(source), ranks)
+    read = ((chunk.start, np.stack([source.image(i, args.res) for i in chunk]).transpose(0, 2, 3, 1))
+            for chunk in chunks)
+    statistics = statistics_of(read, extractor, how, len(source), ranks)
     if ranks.first:
+        if statistics.count <= len(statistics.mean) and not args.force:
+            raise UserError(f"{statistics.count} images are too few for a reference of {len(statistics.mean)} "
+                            "features; --force makes it anyway")
         features.save_reference(Path(args.out), statistics)
         print(f"reference  {args.out}: {statistics.count:,} images of {args.res} pixels, {extractor.identity[:40]}, "
               f"codec {args.codec}")
 
 
 def against_reference(args, ranks) -> None:
-    """python fid.py WHAT --ref FILE: one set of files, or --repeat sets of a run."""
+    """python fid.py WHAT --ref FILE: one set of files, or --repeat sets of a run. Appends a line of results."""
     reference, what = features.load_reference(args.ref), args.what
     known = reference.how.get("extractor", "").split(" ")[0]
-    name = known if known in features.EXTRACTORS else args.extractor
-    extractor = features.load_extractor(name, args.extractor_file, ranks.device, args.trust)
-    files = what is not None and (Path(what).suffix == ".npz" or not is_run(Path(what))) and Path(what).exists()
-    rows, report, cfg, folder = [], {"samples": what}, None, Path(what or ".")
+    if args.extractor and known and args.extractor != known:
+        raise UserError(f"{args.ref} was made with {known}: it cannot be compared with {args.extractor}")
+    extractor = load_extractor(args, known if known in features.EXTRACTORS else args.extractor or "inception", ranks)
+    files = what is not None and Path(what).exists() and not is_run(Path(what))
+    reports, rows, cfg, folder = [], [], None, Path(what or ".")
+    if files:
+        total, parts = gallery.open_samples(Path(what), args.batch)
+        res = parts[0][1]()[0].shape[1]
+        beside = (folder if folder.is_dir() else folder.parent) / "report.json"     # how sample.py made them
+        reports = [{**(json.loads(beside.read_text()) if beside.exists() else {}), "samples": what}]
+    else:
+        run = runs.load_run(what, args.raw, str(ranks.device), args.vae)
+        if args.compile:
+            runs.compile_blocks(run.model)
+        cfg, folder, res, total = run.cfg, run.folder, run.cfg.res, args.num
+        settings, labels = runs.solver_settings(cfg, args), runs.choose_labels(args.labels, args.num, run.classes)
+    how = {"extractor": extractor.identity, "codec": args.codec, "res": res}
+    features.check_comparable(reference, how, args.ref)
+    check_enough(total, len(reference.mean), args.force)    # before any is drawn
     for repeat in range(1 if files else args.repeat):
         if files:
-            parts = list(gallery.read_samples(Path(what), args.batch))
-            res, total = parts[0][0].shape[1], sum(len(images) for images, _ in parts)
-            drawn = (images for images, _ in parts[ranks.rank :: ranks.world])
+            drawn = ((first, read()[0]) for first, read in parts[ranks.rank :: ranks.world])
         else:
-            run = runs.load_run(what, args.raw, str(ranks.device), args.vae)
-            cfg, folder, res, total = run.cfg, run.folder, run.cfg.res, args.num
-            settings, labels = runs.solver_settings(cfg, args), runs.choose_labels(args.labels, args.num, run.classes)
             notes, chunks = [], sample.chunks_of(args.num, args.batch)[ranks.rank :: ranks.world]
             batches = sample.batches(run, chunks, labels, args.seed + repeat, **settings)
-            drawn = (notes.append(note) or images for _, images, note in batches)
-        how = {"extractor": extractor.identity, "codec": args.codec, "res": res}
-        features.check_comparable(reference, how, args.ref)
-        statistics = statistics_of(drawn, extractor, how, args.codec, total, ranks)
+            drawn = (notes.append(note) or (numbers.start, images) for numbers, images, note in batches)
+        statistics = statistics_of(drawn, extractor, how, total, ranks)
         if not files:
             notes = [note for part in ranks.gather(notes) for note in part]
-            report = sample.report_of(run, notes, args.seed + repeat, args.batch, settings)
         if ranks.first:
             rows.append(compare(statistics, reference, args.force))
+            if not files:
+                reports.append(gallery.report_of(run, notes, args.seed + repeat, args.batch, settings))
     if not ranks.first:
         return
-    print(sample.describe(report) if not files else f"samples    {what}")
+    print(f"samples    {what}" if files else gallery.describe(reports[-1]))
     print(f"reference  {args.ref}: {reference.how.get('n', 'an unknown number of')} images; extractor "
           f"{extractor.identity[:40]}, codec {args.codec}")
-    scores = {"name": rows[0]["name"], "n": rows[0]["n"], "reference": {"file": Path(args.ref).name, **reference.how},
-              "extractor": extractor.identity, "codec": args.codec, "repeat": len(rows)}
+    scores = {"name": rows[0]["name"], "n": rows[0]["n"], "n_recall": rows[0].get("n_recall"), "codec": args.codec,
+              "reference": {"file": Path(args.ref).name, **reference.how}, "extractor": extractor.identity,
+              "sets": reports}
     for key in (key for key, value in rows[0].items() if isinstance(value, float)):
         values = [row[key] for row in rows]
-        scores[key] = float(np.mean(values))
+        scores[key], scores[f"{key}_sets"] = float(np.mean(values)), values
         spread = f" ± {np.std(values, ddof=1):.4f} over {len(rows)} sets" if len(rows) > 1 else ""
         shown = rows[0]["name"] if key in ("fid", "fdd", "frechet") else key
         print(f"{shown:20s} {scores[key]:10.4f}{spread}")
-        if spread:
-            scores[f"{key}_sets"] = values
-    place = folder if folder.is_dir() else folder.parent
-    (place / "scores-reference.json").write_text(json.dumps({**report, **scores}, indent=2))
-    if args.record:
-        record(Path(args.record), cfg or Config(), ranks.device, {**report, **scores})
+    record(Path(args.record or "results/fid.jsonl"), cfg, ranks.device, scores)
+    print(f"wrote      {args.record or 'results/fid.jsonl'}")
+
+
+def check_enough(n: int, dim: int, force: bool) -> None:
+    """Raises UserError for fewer images than features: the covariance would be singular."""
+    if n < dim + 1 and not force:
+        raise UserError(f"{n} images are too few for {dim} features: the distance would mean nothing. Draw at least "
+                        f"{dim + 1} (papers: 50000), or look at it anyway with --force")
 
 
 def is_run(folder: Path) -> bool:
@@ -425,6 +452,8 @@ def against_training_data(args) -> None:
     """python fid.py [WHAT]: the scores that need no download. A folder or .npz belongs to the newest run."""
     files = args.what is not None and Path(args.what).exists() and not is_run(Path(args.what))
     run = runs.load_run(None if files else args.what, args.raw, args.device, args.vae)
+    if args.compile:
+        runs.compile_blocks(run.model)
     dataset, scored = data.load(run.cfg), run.folder
     if dataset.classes != run.classes:
         raise UserError(f"the data of {run.folder} has changed: it was trained on the classes {run.classes}")
@@ -438,12 +467,12 @@ def against_training_data(args) -> None:
         scored = where if where.is_dir() else where.parent
         beside = scored / "report.json"                     # how sample.py made them
         report = {**(json.loads(beside.read_text()) if beside.exists() else {}), "samples": args.what}
-        print(f"samples    {args.what}" + (f"\n{sample.describe(report)}" if "nfe_segments" in report else ""))
+        print(f"samples    {args.what}" + (f"\n{gallery.describe(report)}" if "nfe_segments" in report else ""))
     else:
         labels = runs.choose_labels(args.labels, args.num, run.classes)
         settings = runs.solver_settings(run.cfg, args)
         images, report = sample.generate(run, args.num, labels, args.seed, args.batch, **settings)
-        print(sample.describe(report))
+        print(gallery.describe(report))
     scores = evaluate(dataset, images, labels, run.decode)
     print(table(scores))
     (scored / "scores.json").write_text(json.dumps({**report, **scores}, indent=2))

@@ -9,12 +9,14 @@ A batch is written, and then noted in a file of the process that wrote it; a sto
 """
 
 import json
+import math
 import os
 from pathlib import Path
 
 import numpy as np
 
 import pictures
+import runs
 import sources
 from config import UserError
 
@@ -28,41 +30,54 @@ class Gallery:
     def prepare(self, chunks: list[range]) -> list[range]:
         """Makes the directory; returns the chunks that are not there yet. Raises UserError when it cannot."""
         self.ranks.first_does(self.begin)
-        done = {note["first"] for note in self.notes()}
-        self.ranks.barrier()                                # all have read the notes before anyone adds to them
+        done = {note["first"] for note in self.notes() if self.there(note)} if self.ranks.first else None
+        done = self.ranks.share(done)
         return [chunk for chunk in chunks if chunk.start not in done]
 
     def begin(self) -> None:
-        job, plain = self.out / "job.json", json.loads(json.dumps(self.job))
+        file, job = self.out / "job.json", json.loads(json.dumps(self.job))
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            (self.out / "png").mkdir(exist_ok=True) if self.format == "png" else None
-            if job.exists() and job.read_text() == json.dumps(plain):
-                return
-            old = [*self.out.glob("shard-*.npz"), *self.out.glob("notes-*.jsonl"), *self.out.glob("png/*.png")]
-            if old and self.format != "npz":
-                raise UserError(f"{self.out} holds other samples: choose another directory with --out, or delete it")
-            for file in old:
-                file.unlink()
-            job.write_text(json.dumps(plain))
-        except OSError as problem:
+            found = json.loads(file.read_text()) if file.exists() else None
+            old = [*self.out.glob("shard-*.npz"), *self.out.glob("notes-*.jsonl"), *self.out.glob("png/*")]
+            if found != job:
+                if old and not (isinstance(found, dict) and found.get("format") == "npz"):
+                    raise UserError(f"{self.out} holds other samples: choose another directory with --out, or "
+                                    "delete it")
+                for part in old:                            # of a single file that was not finished
+                    part.unlink()
+                file.write_text(json.dumps(job))
+            if self.format == "png":
+                (self.out / "png").mkdir(exist_ok=True)
+        except (OSError, ValueError) as problem:
+            if isinstance(problem, UserError):
+                raise
             raise UserError(f"the directory {self.out} cannot be written: {problem}; choose another with --out"
                             ) from None
+
+    def there(self, note: dict) -> bool:
+        if self.format == "png":
+            return all((self.out / "png" / f"{note['first'] + i:08d}.png").exists() for i in range(note["count"]))
+        return (self.out / f"shard-{note['first']:08d}.npz").exists()
 
     def write(self, numbers: range, images: np.ndarray, labels: np.ndarray | None, note: dict) -> None:
         from PIL import Image
 
-        if self.format == "png":
-            for i, image in zip(numbers, images, strict=True):
-                Image.fromarray(image.squeeze()).save(self.out / "png" / f"{i:08d}.png")
-        else:
-            temporary = self.out / f"unfinished-{self.ranks.rank}.npz"
-            np.savez(temporary, images=images, labels=np.full(len(images), -1) if labels is None else labels)
-            os.replace(temporary, self.out / f"shard-{numbers.start:08d}.npz")
-        with open(self.out / f"notes-{self.ranks.rank}.jsonl", "a") as file:
-            file.write("\n" + json.dumps(note))             # a line that a kill cut off does not spoil the next
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            if self.format == "png":
+                for i, image in zip(numbers, images, strict=True):
+                    Image.fromarray(image.squeeze()).save(self.out / "png" / f"{i:08d}.png")
+            else:
+                temporary = self.out / f"unfinished-{self.ranks.rank}.npz"
+                np.savez(temporary, images=images, labels=np.full(len(images), -1) if labels is None else labels)
+                os.replace(temporary, self.out / f"shard-{numbers.start:08d}.npz")
+            with open(self.out / f"notes-{self.ranks.rank}.jsonl", "a") as file:
+                file.write("\n" + json.dumps(note))         # a line that a kill cut off does not spoil the next
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as problem:
+            raise UserError(f"samples cannot be written to {self.out}: {problem}; the same command goes on from there"
+                            ) from None
 
     def notes(self) -> list[dict]:
         """What is known of the finished batches, in the order of their images."""
@@ -78,29 +93,26 @@ class Gallery:
 
     def finish(self, report: dict, labels: np.ndarray | None, classes: list[str]) -> str:
         """The grid, the report, and one file of the shards when asked for. Returns what was written."""
-        if self.format == "png":
-            wrote, firsts = f"png/ ({report['num']} files)", sorted(self.out.glob("png/*.png"))[:100]
-            first = np.stack([_plain(file) for file in firsts])
-        else:
-            shards = sorted(self.out.glob("shard-*.npz"))
-            wrote, first = f"{len(shards)} shards", np.concatenate([read_npz(file)[0] for file in shards[:100]])[:100]
+        notes = self.notes()
+        if sum(note["count"] for note in notes) != self.job["num"] or not all(map(self.there, notes)):
+            raise UserError(f"samples are missing in {self.out}: the same command draws them")
+        shards = [self.out / f"shard-{note['first']:08d}.npz" for note in notes]
+        first, wrote = [], f"{len(shards)} shards" if self.format == "shards" else f"png/ ({report['num']} files)"
+        for images, _ in read_samples(self.out, finished=False):
+            first.append(images)
+            if sum(map(len, first)) >= 100:
+                break
+        pictures.draw_grid(self.out / "grid.png", np.concatenate(first)[:100],
+                           None if labels is None else labels[:100], classes)
+        (self.out / "report.json").write_text(json.dumps(report, indent=2))
         if self.format == "npz":
-            parts = [read_npz(file) for file in shards]
-            images, all_labels = (np.concatenate(column) for column in zip(*parts, strict=True))
-            np.savez_compressed(self.out / "samples.npz", images=images, labels=all_labels)
-            for file in [*shards, *self.out.glob("notes-*.jsonl"), self.out / "job.json"]:
+            images, all_labels = (np.concatenate(column) for column in zip(*map(read_npz, shards), strict=True))
+            np.savez_compressed(self.out / "samples.tmp.npz", images=images, labels=all_labels)
+            os.replace(self.out / "samples.tmp.npz", self.out / "samples.npz")
+            for file in [*self.out.glob("notes-*.jsonl"), *shards, self.out / "job.json"]:      # in this order
                 file.unlink()
             wrote = "samples.npz"
-        (self.out / "report.json").write_text(json.dumps(report, indent=2))
-        pictures.draw_grid(self.out / "grid.png", first, None if labels is None else labels[:100], classes)
         return f"{self.out}/grid.png, {wrote}, report.json"
-
-
-def _plain(file: Path) -> np.ndarray:
-    from PIL import Image
-
-    image = np.asarray(Image.open(file))
-    return image if image.ndim == 3 else image[:, :, None]
 
 
 def read_npz(file) -> tuple[np.ndarray, np.ndarray]:
@@ -121,33 +133,71 @@ def read_npz(file) -> tuple[np.ndarray, np.ndarray]:
         raise UserError(f"{file} is no samples.npz of sample.py: {said}") from None
 
 
-def read_samples(where: Path, batch: int = 250):
-    """Yields (images uint8 (B, H, W, C), labels (B,) or -1) of a samples.npz, a folder of shards, or of images.
+def open_samples(where: Path, batch: int = 250, finished: bool = True) -> tuple[int, list]:
+    """What samples there are: how many, and (first, read) pairs; read() gives images uint8 (B, H, W, C) and labels.
 
-    Raises UserError when there are none.
+    where: a samples.npz, a directory that sample.py wrote, or any folder of images. Raises UserError when there are
+    none, and for a directory whose samples are not complete (finished=False: takes what is there).
     """
-    if where.suffix == ".npz":
-        images, labels = read_npz(where)
-        for i in range(0, len(images), batch):
-            yield images[i : i + batch], labels[i : i + batch]
-    elif shards := sorted(where.glob("shard-*.npz")):
-        for file in shards:
-            yield read_npz(file)
-    elif (where / "samples.npz").exists():
-        yield from read_samples(where / "samples.npz", batch)
-    else:
-        source = sources.open_source("folder", str(where / "png" if (where / "png").is_dir() else where))
-        size = _size(source)
-        for i in range(0, len(source), batch):
-            numbers = range(i, min(i + batch, len(source)))
-            images = np.stack([source.image(n, size) for n in numbers]).transpose(0, 2, 3, 1)
-            yield images, np.array([source.labels[n] if source.classes else -1 for n in numbers])
+    job = where / "job.json"
+    format = json.loads(job.read_text())["format"] if job.exists() else None
+    if format and finished:
+        noted = sum(note["count"] for note in Gallery(where, {}, format, None).notes())
+        if format == "npz" or noted != json.loads(job.read_text())["num"]:
+            raise UserError(f"the samples in {where} are not complete: the command that draws them goes on")
+    if where.suffix == ".npz" or (format is None and (where / "samples.npz").exists()):
+        images, labels = read_npz(where if where.suffix == ".npz" else where / "samples.npz")
+        return len(images), [(i, lambda i=i: (images[i : i + batch], labels[i : i + batch]))
+                             for i in range(0, len(images), batch)]
+    shards = sorted(where.glob("shard-*.npz")) if format in ("shards", "npz") else []
+    if shards:
+        firsts = [int(file.stem[6:]) for file in shards]
+        return firsts[-1] + len(read_npz(shards[-1])[0]), [
+            (first, lambda file=file: read_npz(file)) for first, file in zip(firsts, shards, strict=True)]
+    source = sources.open_source("folder", str(where / "png" if format == "png" else where))
+    side = min(source.size(0))
+
+    def read(first):
+        numbers = range(first, min(first + batch, len(source)))
+        if any(source.size(i) != (side, side) for i in numbers):
+            raise UserError(f"the images of {where} are not all {side} x {side}: scores need equal squares")
+        images = np.stack([source.image(i, side) for i in numbers]).transpose(0, 2, 3, 1)
+        return images, np.array([source.labels[i] if source.classes else -1 for i in numbers])
+
+    return len(source), [(first, lambda first=first: read(first)) for first in range(0, len(source), batch)]
 
 
-def _size(source) -> int:
-    """The side of the first image of a folder; all are read at it."""
-    from PIL import Image
+def read_samples(where: Path, batch: int = 250, finished: bool = True):
+    """Yields (images, labels) of open_samples, one batch after the other."""
+    for _, read in open_samples(where, batch, finished)[1]:
+        yield read()
 
-    opened = source.open(0)
-    with Image.open(opened) as image:
-        return min(image.size)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what samples cost
+
+
+def report_of(run: runs.Run, notes: list[dict], seed: int, batch: int, settings: dict) -> dict:
+    """What images cost, and how they were made; NFE and network passes are means over the batches."""
+    nfe, num = np.mean([note["nfe"] for note in notes], axis=0).tolist(), sum(note["count"] for note in notes)
+    return {"num": num, "seed": seed, "batch": batch, **settings, "nfe_segments": nfe, "nfe": sum(nfe),
+            "forwards": sum(note["forwards"] for note in notes) / len(notes),
+            "seconds_per_image": sum(note["seconds"] for note in notes) / num,
+            "memory_gb": runs.peak_memory(run.device), "device": str(run.device),
+            "weights": run.weights, "step": run.step, "run": str(run.folder)}
+
+
+def describe(report: dict) -> str:
+    """NFE, cost and provenance of generated images, in lines for people."""
+    settings = [f"{key} {report[key]:g}" for key in ("rtol", "atol", "steps") if report.get(key)]
+    if report["solver"] == "dopri5":
+        settings.append(f"norm over the {report['norm']}")
+    low, high = report.get("interval", (0, 1))
+    between = "" if (low, high) == (0, 1) else f" between t = {low:g} and {high:g}"
+    segments = " + ".join(f"{n:g}" for n in report["nfe_segments"])
+    return (f"weights    {report['weights']} at step {report['step']} of {report['run']}\n"
+            f"solver     {report['solver']}, {', '.join(settings)}, {report['batch']} images at a time\n"
+            f"guidance   {report['cfg_scale']:g}{between}, network in {report.get('precision', 'float32')}\n"
+            f"NFE        {segments} = {report['nfe']:g} by segment ({report['forwards']:g} network passes per image)\n"
+            f"time       {report['seconds_per_image']:.4f} s per image on {report['device']}, peak memory "
+            f"{report.get('memory_gb', math.nan):.2f} GB")

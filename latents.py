@@ -236,8 +236,7 @@ def encode(dataset: str, res: int, where: str, vae_name: str, out: Path, split="
         if data.read_header(out)["complete"]:
             ranks.say(f"{out} is complete already")
             return data.read_header(out)
-        done = cache.notes()
-        ranks.barrier()                                     # all have read the notes before anyone adds to them
+        done = ranks.share(cache.notes() if ranks.first else None)
         todo = [c for c in range(-(-len(source) // batch)) if c not in done]
         if done:
             ranks.say(f"going on in {out}: {len(done)} of {len(done) + len(todo)} chunks were there")

@@ -96,12 +96,19 @@ class Ranks:
         return value.item()
 
     def gather(self, value) -> list:
-        """The values of all processes, in their order; anything that can be pickled, from ourselves only."""
+        """The values of all processes, in their order, for the first one; the others get []."""
         if self.world == 1:
             return [value]
-        values = [None] * self.world
-        dist.all_gather_object(values, value)
-        return values
+        values = [None] * self.world if self.first else None
+        dist.gather_object(value, values)
+        return values or []
+
+    def share(self, value):
+        """The first process's value, for all."""
+        values = [value if self.first else None]
+        if self.world > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
 
     def barrier(self) -> None:
         self.any(False)

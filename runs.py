@@ -7,6 +7,7 @@
 `python sample.py X` takes either, or an export on the Hugging Face hub: OWNER/NAME or OWNER/NAME@REVISION.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -63,6 +64,12 @@ class Run:
     def image_shape(self) -> tuple[int, int, int]:
         """H, W, C of the images."""
         return self.cfg.res, self.cfg.res, 3 if self.facts.get("latent") else self.model.in_channels
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the weights: those of the output layers, which every step changes."""
+        tensors = [tensor.float().cpu().numpy().tobytes() for tensor in self.model.patch_out.parameters()]
+        return hashlib.sha256(b"".join(tensors)).hexdigest()[:16]
 
     @cached_property
     def autoencoder(self):
@@ -188,6 +195,12 @@ def choose_labels(text: str, num: int, classes: list[str]) -> np.ndarray | None:
         known = f"the names {classes[0]!r} to {classes[-1]!r}" if named else f"0 to {len(classes) - 1}, or a name"
         raise UserError(f"there is no label {text!r}: use {known}")
     return np.full(num, label)
+
+
+def full_float32() -> None:
+    """Sampling and scoring in full float32: TF32 is noise to dopri5, which then takes more steps."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def compile_blocks(model: torch.nn.Module) -> None:

@@ -12,7 +12,6 @@ Image i depends on the seed and on i alone. The fixed-step solvers keep that up 
 steps for a whole batch at once, so there an image also depends, within the tolerance, on its batch.
 """
 
-import math
 import sys
 import time
 from collections import Counter
@@ -86,7 +85,7 @@ def check_solver(solver: str, steps: int | None, flag: str = "--steps") -> None:
         raise UserError(f"the solver {solver} needs a number of steps: add {flag}, for example {flag} 40")
 
 
-def solve(velocity, noise, schedule, solver="dopri5", rtol=1e-5, atol=1e-5, steps=None, norm="batch"):
+def solve(velocity, noise, schedule, solver="dopri5", rtol=1e-5, atol=1e-5, steps=None, norm="batch", jumps=()):
     """Algorithm 2: integrates all bands from t = 0 to 1. Returns the bands at t = 1 and the number of velocity calls.
 
     velocity(bands, t) -> velocities of those bands; t is a scalar tensor, and the bands are 0..j in segment j
@@ -97,7 +96,9 @@ def solve(velocity, noise, schedule, solver="dopri5", rtol=1e-5, atol=1e-5, step
                 so the paper's code base do (the default: NFE stay comparable), or "sample", that of the worst image:
                 no image then pays for an easy batch, at more NFE
 
-    The solver never crosses a start time, where the field jumps. State and time are float32 or better whatever the
+    jumps       times at which the velocity jumps, such as the ends of an interval of guidance; dopri5 stops there
+
+    The solver never crosses a start time, where the field jumps too. State and time are float32 or better whatever the
     network computes in. Raises UserError for arguments that do not fit and for velocities that are not finite.
     """
     check_solver(solver, steps)
@@ -125,6 +126,8 @@ def solve(velocity, noise, schedule, solver="dopri5", rtol=1e-5, atol=1e-5, step
             times = torch.tensor([start, end], dtype=time_dtype, device=device)
             # a step ends at the end of the segment: torchdiffeq would overshoot and interpolate back
             options = {"dtype": time_dtype, "step_t": times[1:], "max_num_steps": 10_000}
+            if inside := [t for t in jumps if start < t < end]:
+                options["jump_t"] = torch.tensor(inside, dtype=time_dtype, device=device)
             if norm == "sample":
                 options["norm"] = lambda state: state.square().mean(dim=1).sqrt().max()
         else:
@@ -188,13 +191,16 @@ def batches(run: Run, chunks: list[range], labels, seed=0, cfg_scale=1.0, interv
             **solver):
     """Draws the images with the numbers of each chunk; yields (numbers, images uint8 (B, H, W, C), what they cost)."""
     runs.check_guidance(run.cfg, cfg_scale, run.classes)
-    torch.set_float32_matmul_precision("highest")           # TF32 is noise to dopri5, which then takes more steps
+    runs.full_float32()
     schedule = Schedule(run.cfg.starts, run.cfg.path)
+    if run.facts.get("latent"):
+        run.autoencoder                                     # noqa: B018   loaded now, so that its time does not count
     for numbers in chunks:
         model, began = Guided(run.model, cfg_scale, interval, precision), time.perf_counter()
         y = None if labels is None else torch.as_tensor(labels[numbers.start : numbers.stop], device=run.device)
         n = data.ImageRandom(seed, numbers, run.device)
-        images = run.decode(sample(model, n, y, schedule, run.shape, run.cfg.noise, **solver))
+        jumps = interval if y is not None and cfg_scale != 1 else ()
+        images = run.decode(sample(model, n, y, schedule, run.shape, run.cfg.noise, jumps=jumps, **solver))
         nfe = [model.calls[j + 1] for j in range(schedule.num_scales)]
         yield numbers, images, {"first": numbers.start, "count": len(numbers), "nfe": nfe, "forwards": model.passes,
                                 "seconds": time.perf_counter() - began}
@@ -213,33 +219,7 @@ def generate(run: Run, num: int, labels: np.ndarray | None, seed=0, batch=250, p
             images.append(drawn)
             notes.append(note)
             bar.update(len(numbers))
-    return np.concatenate(images), report_of(run, notes, seed, batch, settings)
-
-
-def report_of(run: Run, notes: list[dict], seed: int, batch: int, settings: dict) -> dict:
-    """What images cost, and how they were made; NFE and network passes are means over the batches."""
-    nfe, num = np.mean([note["nfe"] for note in notes], axis=0).tolist(), sum(note["count"] for note in notes)
-    return {"num": num, "seed": seed, "batch": batch, **settings, "nfe_segments": nfe, "nfe": sum(nfe),
-            "forwards": sum(note["forwards"] for note in notes) / len(notes),
-            "seconds_per_image": sum(note["seconds"] for note in notes) / num,
-            "memory_gb": runs.peak_memory(run.device), "device": str(run.device),
-            "weights": run.weights, "step": run.step, "run": str(run.folder)}
-
-
-def describe(report: dict) -> str:
-    """NFE, cost and provenance of generated images, in lines for people."""
-    settings = [f"{key} {report[key]:g}" for key in ("rtol", "atol", "steps") if report.get(key)]
-    if report["solver"] == "dopri5":
-        settings.append(f"norm over the {report['norm']}")
-    low, high = report.get("interval", (0, 1))
-    between = "" if (low, high) == (0, 1) else f" between t = {low:g} and {high:g}"
-    segments = " + ".join(f"{n:g}" for n in report["nfe_segments"])
-    return (f"weights    {report['weights']} at step {report['step']} of {report['run']}\n"
-            f"solver     {report['solver']}, {', '.join(settings)}, {report['batch']} images at a time\n"
-            f"guidance   {report['cfg_scale']:g}{between}, network in {report.get('precision', 'float32')}\n"
-            f"NFE        {segments} = {report['nfe']:g} by segment ({report['forwards']:g} network passes per image)\n"
-            f"time       {report['seconds_per_image']:.4f} s per image on {report['device']}, peak memory "
-            f"{report.get('memory_gb', math.nan):.2f} GB")
+    return np.concatenate(images), gallery.report_of(run, notes, seed, batch, settings)
 
 
 def draw_trajectory(path: Path, run: Run, labels: np.ndarray | None, seed: int = 0, count: int = 3) -> None:
@@ -280,6 +260,13 @@ def main(args) -> None:
     ranks = Ranks.start(args.device)
     try:
         run = load_run(args.run, args.raw, str(ranks.device), args.vae)
+        causal_flags = [args.preview, args.refine is not None, args.vary is not None, args.upsample is not None]
+        if sum(causal_flags) > 1:
+            raise UserError("--preview, --refine, --vary and --upsample are one at a time")
+        if ranks.world > 1 and (args.export or any(causal_flags)):
+            raise UserError("exports, previews and their like are made by one process: start it with python")
+        if args.compile:
+            runs.compile_blocks(run.model)
         if args.export:
             runs.export(run, Path(args.export))
             print(f"wrote      {args.export}/model.safetensors, config.json: {run.weights} weights at step {run.step}; "
@@ -287,15 +274,14 @@ def main(args) -> None:
             return
         named = args.run is None or Path(args.run).exists()                     # and not in the cache of the hub
         out = Path(args.out or (run.folder / "samples" if named else "samples"))
-        if args.preview or args.refine or args.vary is not None or args.upsample:
+        if any(causal_flags):
             import causal  # built on this file
 
             causal.main(run, args, out)
             return
         labels, settings = runs.choose_labels(args.labels, args.num, run.classes), runs.solver_settings(run.cfg, args)
-        if args.compile:
-            runs.compile_blocks(run.model)
-        job = {"run": str(run.folder), "step": run.step, "weights": run.weights, "num": args.num, "seed": args.seed,
+        job = {"run": str(run.folder), "step": run.step, "weights": run.weights,
+               "fingerprint": run.fingerprint, "num": args.num, "seed": args.seed,
                "batch": args.batch, "labels": args.labels, **settings}
         samples = gallery.Gallery(out, job, args.format, ranks)
         todo = samples.prepare(chunks_of(args.num, args.batch))
@@ -305,10 +291,12 @@ def main(args) -> None:
                 samples.write(numbers, images, None if labels is None else labels[numbers.start : numbers.stop], note)
                 bar.update(min(len(numbers) * ranks.world, bar.total - bar.n))
         ranks.barrier()
-        if ranks.first:
-            report = report_of(run, samples.notes(), args.seed, args.batch, settings)
-            wrote = samples.finish(report, labels, run.classes)
-            print(f"{describe(report)}\nwrote      {wrote}")
+
+        def finish():
+            report = gallery.report_of(run, samples.notes(), args.seed, args.batch, settings)
+            return f"{gallery.describe(report)}\nwrote      {samples.finish(report, labels, run.classes)}"
+
+        ranks.say(ranks.first_does(finish))
     finally:
         ranks.stop()
 

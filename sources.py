@@ -55,6 +55,19 @@ class Source:
     def __len__(self) -> int:
         return len(self.names)
 
+    def size(self, i: int) -> tuple[int, int]:
+        """Width and height of image i, without decoding it. Raises UserError when it cannot be read."""
+        from PIL import Image
+
+        try:
+            opened = self.open(i)
+            if isinstance(opened, np.ndarray):
+                return opened.shape[1], opened.shape[0]
+            with Image.open(opened) as image:
+                return image.size
+        except (OSError, KeyError, ValueError, zipfile.BadZipFile, zlib.error, RuntimeError) as problem:
+            raise UserError(f"cannot read {self.names[i]!r} of {self.where}: {problem}") from None
+
     def image(self, i: int, resolution: int) -> np.ndarray:
         """Image i as uint8 (3, R, R). Raises UserError naming the file when it cannot be read."""
         try:

@@ -88,22 +88,36 @@ def main(args) -> None:
         extractor, real = features.Pixels(), data.load(run.cfg).reference(max(2 * args.num, 2000))[0]
         real = np.concatenate([run.decode(part) for part in real.split(256)])
         (mean, cov), name = fid.statistics(features.pixel_features(real)), f"Frechet distance, pixels, n = {args.num}"
-    file = run.folder / "study.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    rows = [row for row in rows if (row["step"], row["num"], row["distance_name"]) == (run.step, args.num, name)]
+    fid.check_enough(args.num, len(mean), force=False)
+    same = {"fingerprint": run.fingerprint, "num": args.num, "batch": args.batch, "device": str(run.device),
+            "distance_name": name, "ref": args.ref, "cfg_scale": run.cfg.cfg_scale}
+    file, rows = run.folder / "study.jsonl", []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:                                  # cut off by a kill
+            continue
+    rows = [row for row in rows if all(row.get(key) == value for key, value in same.items())]
     done = {name_of(row) for row in rows}
+    few = min(8, args.num)                                  # the first call is slower than all others
+    sample.generate(run, few, None if labels is None else labels[:few], progress=False, **SETTINGS[0])
     for number, settings in enumerate(SETTINGS):
         if name_of(settings) in done:
             continue
         print(f"{number + 1}/{len(SETTINGS)} {name_of(settings)}", file=sys.stderr)
-        images, report = sample.generate(run, args.num, labels, batch=args.batch, **settings)
+        try:
+            images, report = sample.generate(run, args.num, labels, batch=args.batch, cfg_scale=run.cfg.cfg_scale,
+                                             **settings)
+        except UserError as problem:
+            print(f"left out: {problem}", file=sys.stderr)
+            continue
         drawn = features.Statistics({})
         for first in range(0, len(images), args.batch):
             drawn.add(*extractor(images[first : first + args.batch]))
         distance = fid.frechet_distance(drawn.mean, drawn.cov, mean, cov)
-        rows.append({**report, "distance": distance, "distance_name": name})
+        rows.append({**report, **same, "distance": distance})
         with open(file, "a") as stream:
-            stream.write(json.dumps(rows[-1]) + "\n")
+            stream.write("\n" + json.dumps(rows[-1]))
         if args.record:
             fid.record(Path(args.record), run.cfg, run.device, rows[-1])
     draw(run.folder / "study.png", rows)

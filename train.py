@@ -36,6 +36,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 import fid
+import gallery
 import pictures
 import plan
 import runs
@@ -123,7 +124,7 @@ def finish(run: runs.Run, dataset) -> dict:
     pictures.draw_grid(run.folder / "samples.png", images, labels, run.classes)
     shown = runs.choose_labels("balanced", max(3, len(run.classes)), run.classes)
     sample.draw_trajectory(run.folder / "trajectory.png", run, None if shown is None else shown[-3:])
-    print(sample.describe(report))
+    print(gallery.describe(report))
     try:
         scores = {**report, **fid.evaluate(dataset, images, labels, run.decode)}
         print(fid.table(scores))

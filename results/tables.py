@@ -71,7 +71,8 @@ def causal() -> str:
     preview, refine, vary, upsample = ({row["what"]: row for row in lines("causal")}[what] for what in (
         "preview", "refine", "vary", "upsample"))
     rows = {"a preview, against a whole image": f"{preview['speed_up']:.1f} times faster",
-            "coarse bands of finished images, against their previews": f"at most {refine['largest_difference']:.0e} apart",
+            "coarse bands of finished images, against their previews":
+            f"at most {refine['largest_difference']:.0e} apart",
             "standard deviation between eight variations": f"{vary['std']:.2f}",
             "and between their averages over coarse pixels": f"{vary['std_coarse']:.0e}",
             "an upsampled digit averaged down, against the input": f"{upsample['rms_of_input']:.1f} of 255 (root mean "

@@ -76,14 +76,12 @@ def test_variations_share_the_coarse_bands_and_nothing_else(run):
     original = whole(run, [17], np.array([2]), **HEUN)
     for bands in (1, 2):
         x1, _ = causal.vary(run, 17, 5, np.full(5, 2), bands=bands, **HEUN)
-        found = decompose(x1, 3)
-        # the network's fine bands need not average to zero: undo what they add to the coarse ones
         again, _ = causal.draw_bands(run, [causal.noise_of(run, 0, [17])[i].expand(5, -1, -1, -1) if i < bands else n
                                            for i, n in enumerate(causal.noise_of(run, 1, range(5)))],
                                      np.full(5, 2), **HEUN)
         for i in range(bands):
             assert torch.allclose(again[i], original[i].expand(5, -1, -1, -1), atol=1e-5)
-        assert torch.allclose(reconstruct(again), x1) and len(found) == 3
+        assert torch.allclose(reconstruct(again), x1)
         assert again[2].std(dim=0).mean() > 0.1 and (again[1].std(dim=0).mean() > 0.1) == (bands == 1)
 
 
@@ -167,7 +165,7 @@ def test_upsampling_gaussian_data_gives_the_conditional_distribution(tmp_path):
 def test_the_flags_say_what_they_cannot_do(run, tmp_path):
     class Args:
         preview = refine = vary = upsample = None
-        bands, num, seed, batch, labels = 1, 2, 0, 10, "balanced"
+        bands, num, seed, batch, labels, record = 1, 2, 0, 10, "balanced", None
         solver, steps = "heun", 6
 
     with pytest.raises(UserError, match="--bands must be between 1 and 2"):
@@ -202,7 +200,7 @@ def test_samples_continue_after_a_stop_and_every_format_holds_the_same(run, tmp_
         file.write('\n{"first": 6, "cou')                   # a kill cut this line off
     drawn = fill(run, tmp_path / "out", format)
     assert [note["first"] for note in drawn.notes()] == [0, 3, 6, 9]
-    report = sample.report_of(run, drawn.notes(), 0, 3, {})
+    report = gallery.report_of(run, drawn.notes(), 0, 3, {})
     assert report["num"] == 10 and report["nfe"] == 3
     drawn.finish(report, np.arange(10) % 5, run.classes)
     images, labels = (np.concatenate(part) for part in zip(*gallery.read_samples(tmp_path / "out", 4), strict=True))
@@ -210,6 +208,55 @@ def test_samples_continue_after_a_stop_and_every_format_holds_the_same(run, tmp_
     assert labels.tolist() == ([-1] * 10 if format == "png" else [i % 5 for i in range(10)])
     assert json.loads((tmp_path / "out" / "report.json").read_text())["nfe"] == 3
     assert (tmp_path / "out" / "grid.png").exists()
+
+
+def test_a_kill_while_finishing_costs_nothing(run, tmp_path, monkeypatch):
+    """At any file that is removed at the end: the same command ends with the same single file."""
+    labels = np.arange(10) % 5
+    whole = fill(run, tmp_path / "whole", "npz")
+    whole.finish(gallery.report_of(run, whole.notes(), 0, 3, {}), labels, run.classes)
+    unlink = type(tmp_path).unlink
+    for survived in range(6):
+        out, left = tmp_path / str(survived), [survived]
+
+        def interrupted(path, missing_ok=False, left=left):
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            unlink(path, missing_ok)
+
+        samples = fill(run, out, "npz")
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(type(tmp_path), "unlink", interrupted)
+            samples.finish(gallery.report_of(run, samples.notes(), 0, 3, {}), labels, run.classes)
+        with pytest.raises(UserError, match="are not complete"):
+            gallery.open_samples(out)
+        again = fill(run, out, "npz")
+        again.finish(gallery.report_of(run, again.notes(), 0, 3, {}), labels, run.classes)
+        with np.load(out / "samples.npz") as one, np.load(tmp_path / "whole" / "samples.npz") as other:
+            assert np.array_equal(one["images"], other["images"]) and len(one["images"]) == 10
+        assert sorted(p.name for p in out.iterdir()) == ["grid.png", "report.json", "samples.npz"]
+
+
+def test_missing_files_are_drawn_again_and_strangers_are_left_alone(run, tmp_path):
+    fill(run, tmp_path / "out", "shards")
+    (tmp_path / "out" / "shard-00000003.npz").unlink()
+    with pytest.raises(UserError, match="samples are missing"):
+        samples = gallery.Gallery(tmp_path / "out", {"num": 10}, "shards", ALONE)
+        samples.finish({"num": 10}, None, run.classes)
+    fill(run, tmp_path / "out", "shards")
+    assert len(list((tmp_path / "out").glob("shard-*.npz"))) == 4
+    (tmp_path / "mine" / "png").mkdir(parents=True)
+    (tmp_path / "mine" / "png" / "holiday.png").write_text("dear")
+    with pytest.raises(UserError, match="holds other samples"):
+        fill(run, tmp_path / "mine", "npz")
+    assert (tmp_path / "mine" / "png" / "holiday.png").exists()
+
+
+def test_an_interrupted_directory_is_not_scored(run, tmp_path):
+    fill(run, tmp_path / "out", "png", stop=2)
+    with pytest.raises(UserError, match="are not complete"):
+        gallery.open_samples(tmp_path / "out")
 
 
 def test_other_samples_are_not_mixed_in(run, tmp_path):
@@ -227,11 +274,15 @@ def test_guidance_in_an_interval_of_times_only(run):
     assert plain[1]["nfe"] == part[1]["nfe"] == never[1]["nfe"] == 18
     assert plain[1]["forwards"] == 36 and never[1]["forwards"] == 18 and 18 < part[1]["forwards"] < 36
     assert not np.array_equal(plain[0], part[0]) and not np.array_equal(part[0], never[0])
-    assert "between t = 0.4 and 0.8" in sample.describe(part[1])
+    assert "between t = 0.4 and 0.8" in gallery.describe(part[1])
 
 
-def test_a_network_in_bfloat16_keeps_the_state_in_float32(run):
+def test_a_network_in_bfloat16_keeps_the_state_in_float32(run, monkeypatch):
+    states, guided = set(), sample.Guided.__call__
+    monkeypatch.setattr(sample.Guided, "__call__", lambda model, bands, t, y: (
+        states.update(band.dtype for band in bands), guided(model, bands, t, y))[1])
     images, report = sample.generate(run, 3, np.arange(3), progress=False, precision="bfloat16", **HEUN)
     exact, _ = sample.generate(run, 3, np.arange(3), progress=False, **HEUN)
+    assert states == {torch.float32}
     assert report["precision"] == "bfloat16" and not np.array_equal(images, exact)
     assert np.abs(images.astype(int) - exact).mean() < 8

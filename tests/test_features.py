@@ -64,8 +64,24 @@ def test_streamed_statistics_are_those_of_the_whole():
     assert np.allclose(statistics.mean, x.astype(float).mean(0), rtol=1e-12)
     assert np.allclose(statistics.cov, np.cov(x.astype(float), rowvar=False), rtol=1e-9, atol=1e-12)
     assert np.array_equal(statistics.cov, statistics.cov.T) and np.array_equal(statistics.all_features(), x)
+    order = features.Statistics(dict(HOW))                  # added by several processes, in any order
+    for first in (60, 0, 30):
+        order.add(x[first : first + 30 + 10 * (first == 60)], first=first)
+    assert np.array_equal(order.all_features(), x) and np.allclose(order.cov, statistics.cov)
     with pytest.raises(UserError, match=r"must have the shape \(images, features\), not"):
         statistics.add(np.zeros((2, 3, 1)))
+
+
+def test_of_many_images_a_fixed_random_choice_keeps_its_features(monkeypatch):
+    monkeypatch.setattr(features, "KEEP", 10)
+    x, many = np.arange(100, dtype=np.float32)[:, None], {}
+    for sizes in ((100,), (7, 60, 33)):
+        many[sizes] = features.Statistics(dict(HOW), total=100)
+        for first, part in zip(np.cumsum((0, *sizes)), np.split(x, np.cumsum(sizes)[:-1]), strict=False):
+            many[sizes].add(part, first=int(first))
+        assert many[sizes].count == 100 and np.allclose(many[sizes].mean, 49.5)
+    one, other = (statistics.all_features().ravel() for statistics in many.values())
+    assert len(one) == 10 and np.array_equal(one, other) and one.max() - one.min() > 50
 
 
 def test_frechet_distance_is_that_of_scipy_s_matrix_root():
@@ -95,6 +111,10 @@ def test_kid_is_the_mean_over_all_pairs():
     across = np.mean([kernel(a, b) for a in x for b in y])
     assert fid.kid(x, y, subsets=3, size=40)[0] == pytest.approx(sum(within) - 2 * across, rel=1e-9)
     assert fid.kid(x, y, subsets=3, size=40)[1] < 1e-12                         # every subset is the whole
+    real, fake = random.standard_normal((1000, 64)), random.standard_normal((1000, 64)) * 1.2
+    kernels = [(a @ b.T / 64 + 1) ** 3 for a, b in ((real, real), (fake, fake), (real, fake))]
+    off = [k.sum() / (1000 * 999) - np.trace(k) / (1000 * 999) for k in kernels[:2]]
+    assert fid.kid(real, fake, subsets=2)[0] == pytest.approx(sum(off) - 2 * kernels[2].mean(), rel=1e-9)
     same = fid.kid(random.standard_normal((900, 5)), random.standard_normal((900, 5)), size=500)
     assert abs(same[0]) < 0.05                                                  # unbiased: around zero
     with pytest.raises(UserError, match="at least 1000 images on both sides, not 40 real"):
@@ -258,6 +278,7 @@ def test_reference_and_comparison_through_the_script_by_one_process_and_by_two(f
                                   *fid.statistics(features.pixel_features(fake)))
     one = json.loads((folders / "one.jsonl").read_text())
     assert one["frechet"] == pytest.approx(direct, rel=1e-5) and one["reference"]["n"] == 300
+    assert one["sets"] == [{"samples": "fake"}] and one["config"] is None
     for command in ("ref --data real --res 16 --extractor pixels --out ref2.npz --batch 40",
                     "fake --ref ref2.npz --record two.jsonl --batch 40"):
         done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
@@ -267,7 +288,7 @@ def test_reference_and_comparison_through_the_script_by_one_process_and_by_two(f
     one_ref, two_ref = (features.load_reference(str(folders / name)) for name in ("ref.npz", "ref2.npz"))
     assert np.allclose(one_ref.mean, two_ref.mean, rtol=1e-12) and np.allclose(one_ref.cov, two_ref.cov, atol=1e-12)
     two = json.loads((folders / "two.jsonl").read_text())
-    for key in ("frechet", "precision", "recall"):
+    for key in ("frechet", "precision", "recall", "kid"):
         assert one[key] == pytest.approx(two[key], rel=1e-6)
     out = run_script("fid.py", "ref", "--data", "real", "--res", 16, "--extractor-file", network, "--trust",
                      "--codec", "jpeg", "--out", "toy.npz").stdout
@@ -286,11 +307,15 @@ def test_a_run_against_a_reference_with_spread_over_sets(folders, run_script, gi
                      "r.jsonl").stdout
     line = json.loads((folders / "r.jsonl").read_text())
     assert "over 3 sets" in out and len(line["frechet_sets"]) == 3 and len(set(line["frechet_sets"])) == 3
-    assert line["frechet"] == pytest.approx(np.mean(line["frechet_sets"])) and line["nfe"] == 4
+    assert line["frechet"] == pytest.approx(np.mean(line["frechet_sets"]))
+    assert [s["seed"] for s in line["sets"]] == [0, 1, 2] and line["sets"][0]["nfe"] == 4
+    assert "FRECHET-70" in run_script("fid.py", "run", "--ref", "digits.npz", "--num", "70").stdout
+    assert json.loads((folders / "results" / "fid.jsonl").read_text())["name"] == "FRECHET-70"
     for command, words in (("fid.py run --ref digits.npz --num 20", "too few for 64 features"),
                            ("fid.py fake --ref digits.npz", "its res is 8, theirs is 16"),
                            ("fid.py fake --ref digits.npz --codec jpeg", "its codec is none, theirs is jpeg"),
                            ("fid.py run --ref nowhere.npz", "is no reference"),
                            ("fid.py run --ref digits.npz --repeat 0", "--repeat"),
+                           ("fid.py run --ref digits.npz --extractor dinov2", "was made with pixels"),
                            ("fid.py ref", "needs its images")):
         assert words in give_up(*shlex.split(command))

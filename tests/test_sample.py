@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+import gallery
 import sample
 from config import Config, UserError
 from conftest import random_model
@@ -257,7 +258,7 @@ def test_generate_reports_what_it_did(tmp_path):
     images, report = generate(run, 7, labels, seed=2, batch=3, cfg_scale=2.0, progress=False, solver="heun", steps=6)
     assert images.shape == (7, 16, 16, 2) and images.dtype == np.uint8
     assert report["nfe_segments"] == [4, 4, 4] and report["nfe"] == 12 and report["forwards"] == 24
-    text = sample.describe(report)
+    text = gallery.describe(report)
     assert "4 + 4 + 4 = 12" in text and "24 network passes" in text and "ema at step 7" in text
     again, _ = generate(run, 7, labels, seed=2, batch=7, cfg_scale=2.0, progress=False, solver="heun", steps=6)
     assert np.abs(images.astype(int) - again).max() <= 1                        # rounding to 8 bits may differ
