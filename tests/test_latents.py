@@ -287,6 +287,12 @@ def test_encode_train_sample_decode(tmp_path, images, vae, run_script, give_up):
     out = run_script("sample.py", "--num", "4", "--labels", "10").stdout
     with np.load(run / "samples" / "samples.npz") as saved:
         assert saved["images"].shape == (4, 32, 32, 3) and saved["labels"].tolist() == [1] * 4
+    few = ["--num", "2", "--solver", "heun", "--steps", "6", "--out", "causal"]
+    assert "previews   2 thumbnails of 16 x 16" in run_script("sample.py", "--preview", "--bands", "2", *few).stdout
+    out = run_script("sample.py", "--upsample", images / "9" / "0.png", "--bands", "2", *few).stdout
+    assert "16 -> 32 pixels, 2 images" in out and "bicubic by" in out           # decoded, through the VAE on both ends
+    with np.load(tmp_path / "causal" / "upsampled.npz") as saved:
+        assert saved["images"].shape == (2, 32, 32, 3)
     out = run_script("sample.py", "--export", "shared").stdout
     assert sorted(p.name for p in (tmp_path / "shared").iterdir()) == ["config.json", "model.safetensors"]
     run_script("sample.py", "shared", "--num", "4", "--labels", "10", "--out", "again")
