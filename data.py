@@ -215,8 +215,10 @@ class Latents:
     def read(self, index: np.ndarray, u: np.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
         index, mirrored = self.valid[index], ((u[:, 0] < 0.5) & self.flip).astype(np.int64)
         y = torch.from_numpy(self.labels[index]) if self.classes else None
-        if isinstance(self.moments, torch.Tensor):          # on the GPU already
-            return self.moments[torch.from_numpy(index), torch.from_numpy(mirrored)], y
+        if isinstance(self.moments, torch.Tensor):          # on the GPU already; pinned, so that nobody waits for it
+            place = [torch.from_numpy(x).pin_memory().to(self.moments.device, non_blocking=True)
+                     for x in (index, mirrored)]
+            return self.moments[place[0], place[1]], y
         return torch.from_numpy(self.moments[index, mirrored]), y                   # (B, 2C, h, w)
 
     def x1(self, raw: torch.Tensor, rng) -> torch.Tensor:
