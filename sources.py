@@ -7,6 +7,7 @@ project passes through `crop`, so training, encoding and scoring see the same pi
     DIR/cat/*.png  DIR/dog/...    one class for each subfolder, in natural order (9 before 10), at any depth below
     DIR/train/...  DIR/val/...    one of the splits
     FILE.zip                      as a folder; FILE.parquet or a folder of such: an image column, perhaps a label column
+    DIR/*.tfrecords               TensorFlow records with `shape` and `data`, as GLOW and PGAN store CelebA-HQ
     DIR/data.mdb                  LMDB with keys 0, 1, ...: encoded images, or raw bytes as NVAE and LFM write them
     hf:OWNER/NAME@REVISION        parquet or image-folder data sets; needs the extra: pip install -e '.[data]'
 """
@@ -33,7 +34,7 @@ WHERE = {  # said when nothing is found; what is known was last looked up in Nov
     "celebahq": """CelebA-HQ is not ours to host (non-commercial research licence of CelebA). Known sources:
   30,000 JPEG of 1024 px, zip      https://github.com/switchablenorms/CelebAMask-HQ   (folder CelebA-HQ-img)
   rebuilt PNG of 1024 px           https://github.com/tkarras/progressive_growing_of_gans
-  256 px LMDB of NVAE and LFM      https://github.com/NVlabs/NVAE   (27,000 for training)
+  256 px tfrecords of GLOW, LMDB   https://github.com/NVlabs/NVAE   (27,000 for training; LFM uses the same)
   parquet on the hub               --data hf:OWNER/NAME@REVISION, for example jxie/celeba-hq""",
     "imagenet": """ImageNet needs an account and its terms accepted (non-commercial research):
   https://image-net.org/download   or   https://www.kaggle.com/c/imagenet-object-localization-challenge/data
@@ -72,7 +73,8 @@ class Source:
         """Image i as uint8 (3, R, R). Raises UserError naming the file when it cannot be read."""
         try:
             opened = self.open(i)
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile, zlib.error, RuntimeError) as problem:
+        except (OSError, KeyError, ValueError, IndexError, TypeError, zipfile.BadZipFile, zlib.error,
+                RuntimeError) as problem:
             raise UserError(f"cannot read {self.names[i]!r} of {self.where}: {problem}") from None
         return read_image(opened, resolution, self.names[i])
 
@@ -94,6 +96,8 @@ def open_source(dataset: str, where: str, split: str = "train") -> Source:
         source = _zip(path, split)
     elif (path / "data.mdb").is_file() or (path.suffix == ".mdb" and path.is_file()):
         source = _lmdb(path)
+    elif path.is_dir() and any(path.glob("**/*.tfrecord*")):
+        source = _tfrecords(path, split)
     elif path.is_dir():
         source = _folder(path, split)
     else:
@@ -196,6 +200,72 @@ def _lmdb(path: Path) -> Source:
         raise UserError(f"the LMDB {path} has no keys 0, 1, ...; it is not in the form of NVAE and LFM")
     names = [str(i) for i in range(count)]
     return Source(str(path), names, [0] * count, [], fingerprint([path.name], [count]), entry)
+
+
+def _tfrecords(path: Path, split: str) -> Source:
+    """A record is framed by its length and two checksums; an image is raw bytes and a shape, (H, W, C) or (C, H, W)."""
+    files = sorted(path.glob("**/*.tfrecord*"), key=lambda file: natural(str(file)))
+    of_split = [f for f in files if split in re.split(r"[-_./\\]", str(f.relative_to(path.parent)))]
+    places = []                                             # file, offset and length of every record
+    for file in of_split or files:
+        size, offset = file.stat().st_size, 0
+        with open(file, "rb") as stream:
+            while offset < size:
+                stream.seek(offset)
+                length = int.from_bytes(stream.read(8), "little")
+                if offset + 16 + length > size:
+                    raise UserError(f"{file} is cut off, or no file of TensorFlow records")
+                places.append((file, offset + 12, length))
+                offset += 16 + length
+    if not places:
+        raise UserError(f"there is no record in the .tfrecords of {path}")
+
+    def entry(i):
+        file, offset, length = places[i]
+        with open(file, "rb") as stream:
+            stream.seek(offset)
+            example = stream.read(length)
+        values = {}
+        for _, feature in _fields(dict(_fields(example))[1]):                       # Example, Features, its entries
+            feature = dict(_fields(feature))
+            values[feature[1].decode()] = next(_fields(feature[2]))[1]              # name, list of bytes or numbers
+        shape = []
+        for _, number in _fields(values["shape"]):          # one by one, or packed into one piece
+            shape += [number] if isinstance(number, int) else _varints(number)
+        image = np.frombuffer(dict(_fields(values["data"]))[1], np.uint8).reshape(shape)
+        return image.transpose(1, 2, 0) if shape[0] == 3 else image
+
+    names, sizes = [f"{file.name} at {offset}" for file, offset, _ in places], [length for _, _, length in places]
+    return Source(str(path), names, [0] * len(names), [], fingerprint(names, sizes), entry)
+
+
+def _varint(raw: bytes, at: int) -> tuple[int, int]:
+    """A number of a protocol buffer, seven bits a byte, and where it ends."""
+    value = shift = 0
+    while raw[at] >= 128:
+        value, shift, at = value | (raw[at] & 127) << shift, shift + 7, at + 1
+    return value | raw[at] << shift, at + 1
+
+
+def _varints(raw: bytes) -> list[int]:
+    numbers, at = [], 0
+    while at < len(raw):
+        number, at = _varint(raw, at)
+        numbers.append(number)
+    return numbers
+
+
+def _fields(raw: bytes):
+    """(number, value) of the fields of a protocol buffer: whole numbers, and bytes for everything else."""
+    at = 0
+    while at < len(raw):
+        tag, at = _varint(raw, at)
+        if tag & 7 == 0:
+            value, at = _varint(raw, at)
+        else:
+            length, at = ({1: 8, 5: 4}[tag & 7], at) if tag & 7 in (1, 5) else _varint(raw, at)
+            value, at = raw[at : at + length], at + length
+        yield tag >> 3, value
 
 
 def _parquet(where: str, split: str) -> Source:

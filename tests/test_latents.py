@@ -424,6 +424,36 @@ def test_lmdb_of_nvae_and_lfm(tmp_path, raw):
     assert np.array_equal(source.image(2, 16), sources.crop(expected, 16))
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_tensorflow_records_of_glow_and_pgan(tmp_path, packed):
+    """Written here byte by byte: frames of length, checksum, Example, checksum."""
+    def varint(n):
+        return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + varint(n >> 7)
+
+    def message(number, raw):
+        return varint(number << 3 | 2) + varint(len(raw)) + raw
+
+    def record(image):
+        shape = b"".join(map(varint, image.shape)) if packed else b"".join(b"\x08" + varint(n) for n in image.shape)
+        values = {"data": message(1, message(1, image.tobytes())),
+                  "label": message(3, b"\x08\x01"), "shape": message(3, message(1, shape) if packed else shape)}
+        entries = b"".join(message(1, message(1, k.encode()) + message(2, v)) for k, v in values.items())
+        raw = message(1, entries)
+        return len(raw).to_bytes(8, "little") + b"crc1" + raw + b"crc2"
+
+    images = [np.asarray(picture(i)) for i in range(3)]
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "a.tfrecords").write_bytes(record(images[0]) + record(images[1].transpose(2, 0, 1).copy()))
+    (tmp_path / "train" / "b.tfrecords").write_bytes(record(images[2]))
+    source = sources.open_source("celebahq", str(tmp_path))
+    assert len(source) == 3
+    for i in range(3):
+        assert np.array_equal(source.image(i, 32), sources.crop(picture(i), 32))
+    (tmp_path / "train" / "b.tfrecords").write_bytes(record(images[2])[:-9])
+    with pytest.raises(UserError, match="is cut off"):
+        sources.open_source("celebahq", str(tmp_path))
+
+
 def test_parquet_with_and_without_labels(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
