@@ -18,12 +18,13 @@ import numpy as np
 import torch
 
 import data
+import gallery
 import pictures
 import runs
 import sample
 import sources
 from config import UserError
-from pyramid import decompose, down, reconstruct, up
+from pyramid import decompose, reconstruct, up
 from schedule import Schedule, noise_bands
 
 
@@ -32,7 +33,8 @@ def draw_bands(run, noise: list, labels, cfg_scale=1.0, interval=(0.0, 1.0), pre
     schedule = Schedule(run.cfg.starts, run.cfg.path)
     model = sample.Guided(run.model, cfg_scale, interval, precision)
     y = None if labels is None else torch.as_tensor(labels, device=run.device)
-    return sample.solve(lambda bands, t: model(bands, t.expand(len(noise[0])), y), noise, schedule, **solver)
+    return sample.solve(lambda bands, t: model(bands, t.expand(len(noise[0])), y), noise, schedule,
+                        jumps=model.jumps(y), **solver)
 
 
 def noise_of(run, seed: int, numbers) -> list:
@@ -98,7 +100,7 @@ def upsample(run, small: torch.Tensor, count: int, labels, seed=0, cfg_scale=1.0
         imposed, _ = schedule.interpolate(x1, noise[:known], t.float().expand(count))
         return model(imposed + bands, t.expand(count), y)[known:]
 
-    fine, nfe = sample.solve(velocity, noise[known:], Tail(schedule, known), **solver)
+    fine, nfe = sample.solve(velocity, noise[known:], Tail(schedule, known), jumps=model.jumps(y), **solver)
     return reconstruct(x1 + fine), nfe
 
 
@@ -107,7 +109,7 @@ def upsample(run, small: torch.Tensor, count: int, labels, seed=0, cfg_scale=1.0
 
 
 def main(run, args, out: Path) -> None:
-    """Draws, writes one picture and report.json, and prints what was measured."""
+    """Draws, writes one picture, the images and a report, and prints what was measured."""
     if run.cfg.mask == "none" and not args.upsample:
         raise UserError("previews and variations need coarse bands that do not read finer ones: this run was trained "
                         "with --mask none")
@@ -142,15 +144,14 @@ def main(run, args, out: Path) -> None:
 
 
 def save(file: Path, images: np.ndarray, labels: np.ndarray | None, **more) -> None:
-    np.savez_compressed(file, images=images, labels=np.full(len(images), -1) if labels is None else labels, **more)
+    np.savez_compressed(file, images=images, labels=gallery.or_none(labels, len(images)), **more)
 
 
 def show_previews(run, args, settings, out) -> dict:
     labels = runs.choose_labels(args.labels, args.num, run.classes)
     images, seconds = [], 0.0
     preview(run, range(min(2, args.num)), None if labels is None else labels[:2], args.seed, args.bands, **settings)
-    if run.facts.get("latent"):
-        run.autoencoder                                     # noqa: B018   warm: loading does not count
+    run.ready()                                             # warm: loading does not count
     for numbers in sample.chunks_of(args.num, args.batch):
         began = time.perf_counter()
         mine = None if labels is None else labels[numbers.start : numbers.stop]
@@ -164,7 +165,7 @@ def show_previews(run, args, settings, out) -> dict:
     speed_up = (time.perf_counter() - began) / len(few) / (seconds / args.num)
     images = np.concatenate(images)
     save(out / "previews.npz", images, labels)
-    draw_numbered(out / "previews.png", images[:100], range(min(args.num, 100)))
+    pictures.draw_grid(out / "previews.png", images, np.arange(args.num), [str(i) for i in range(args.num)])
     print(f"previews   {args.num} thumbnails of {images.shape[1]} x {images.shape[2]}, {nfe} calls of the network, "
           f"{seconds / args.num:.4f} s each: {speed_up:.1f} times faster than whole images")
     print(f"wrote      {out}/previews.png, previews.npz; finish some with --refine 0,3,7 and the same seed and solver")
@@ -201,9 +202,7 @@ def show_variations(run, args, settings, out) -> dict:
     x1, nfe = vary(run, args.vary, args.num, labels, args.seed, args.bands, **settings)
     one = None if labels is None else labels[:1]
     original, _ = draw_bands(run, noise_of(run, args.seed, [args.vary]), one, **settings)
-    small = x1
-    for _ in range(run.cfg.num_scales - args.bands):
-        small = down(small)
+    small = decompose(x1, run.cfg.num_scales - args.bands + 1)[0]
     spread, inside = small.std(dim=0, correction=0).mean().item(), x1.std(dim=0, correction=0).mean().item()
     images = run.decode(torch.cat([reconstruct(original), x1]))
     save(out / "variations.npz", images[1:], labels)
@@ -234,9 +233,8 @@ def show_upsampled(run, args, settings, out) -> dict:
     back = torch.from_numpy(images).permute(0, 3, 1, 2).float().to(x.device) / 127.5 - 1
     errors = {}
     for name, large in (("ours", back), ("bicubic", cubic.clamp(-1, 1))):
-        for _ in range(run.cfg.num_scales - args.bands):
-            large = down(large)
-        errors[name] = 127.5 * (large - x).square().mean().sqrt().item()
+        again = decompose(large, run.cfg.num_scales - args.bands + 1)[0]
+        errors[name] = 127.5 * (again - x).square().mean().sqrt().item()
     blocks = x
     for _ in range(run.cfg.num_scales - args.bands):
         blocks = up(blocks)
@@ -249,9 +247,3 @@ def show_upsampled(run, args, settings, out) -> dict:
     print(f"wrote      {out}/upsampled.png, upsampled.npz")
     return {"what": "upsample", "image": args.upsample, "num": args.num, "nfe": nfe, "rms_of_input": errors["ours"],
             "rms_of_input_bicubic": errors["bicubic"]}
-
-
-def draw_numbered(path: Path, images: np.ndarray, numbers, columns: int = 10) -> None:
-    rows = [list(images[i : i + columns]) for i in range(0, len(images), columns)]
-    text = [[str(n) for n in list(numbers)[i : i + columns]] for i in range(0, len(images), columns)]
-    pictures.draw_images(path, rows, text)

@@ -6,6 +6,7 @@ a zip archive, whose own checksums (CRC-32 of each record) are verified before a
 weights_only=True, so a file from a stranger cannot run code.
 """
 
+import json
 import os
 import pickle
 import shutil
@@ -93,6 +94,27 @@ def read(path: Path, checked: bool = False) -> dict:
         found = state.get("version") if isinstance(state, dict) else None
         raise UserError(f"the checkpoint {path} has version {found}, this code reads version {VERSION}")
     return state
+
+
+def append_line(file: Path, entry: dict) -> None:
+    """Appends one line of JSON and flushes it to the disk. The line before it may have been cut off by a kill."""
+    with open(file, "a") as stream:
+        stream.write("\n" + json.dumps(entry) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def read_lines(files) -> list[dict]:
+    """The entries of files of such lines; a line that a kill cut off does not count."""
+    found = []
+    for file in sorted(files):
+        for line in file.read_text().splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            found += [entry] if isinstance(entry, dict) else []
+    return found
 
 
 def load_newest(run: Path) -> dict | None:

@@ -14,6 +14,7 @@ import json
 import os
 import urllib.request
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -65,10 +66,7 @@ class Inception:
             raise UserError(f"{path} is not the Inception of published FIDs: its SHA-256 is {digest}, not "
                             f"{INCEPTION_SHA256}; a TorchScript file can run any code. Use it only if you know it, "
                             "with --trust")
-        try:
-            self.network = torch.jit.load(path, map_location=device).eval()
-        except (RuntimeError, ValueError, OSError) as problem:
-            raise UserError(f"{path} is no TorchScript file: {str(problem).splitlines()[0]}") from None
+        self.network = load_script(path, device)
         self.identity, self.device = f"inception {digest}", device
 
     @torch.no_grad()
@@ -93,11 +91,8 @@ class DINOv2:
             if not trust:
                 raise UserError(f"{file}: a TorchScript file can run any code, and this one has no published hash. "
                                 "Use it only if you know it, with --trust")
-            try:
-                self.network = torch.jit.load(file, map_location=device).eval()
-                self.identity = f"dinov2 {sha256(Path(file))}"
-            except (RuntimeError, ValueError, OSError) as problem:
-                raise UserError(f"{file} is no TorchScript file: {str(problem).splitlines()[0]}") from None
+            self.network = load_script(Path(file), device)
+            self.identity = f"dinov2 {sha256(Path(file))}"
             return
         try:
             network = torch.hub.load(DINOV2, "dinov2_vitl14", trust_repo=True, skip_validation=True)
@@ -118,6 +113,14 @@ class DINOv2:
         mean, std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (
             (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
         return self.network((x - mean) / std).float().cpu().numpy(), None
+
+
+def load_script(path: Path, device):
+    """A TorchScript file, whose hash has been checked. Raises UserError when it is none."""
+    try:
+        return torch.jit.load(path, map_location=device).eval()
+    except (RuntimeError, ValueError, OSError) as problem:
+        raise UserError(f"{path} is no TorchScript file: {str(problem).splitlines()[0]}") from None
 
 
 def load_extractor(name: str, file: str = "", device="cpu", trust: bool = False):
@@ -203,11 +206,12 @@ class Statistics:
             raise UserError(f"features must have the shape (images, features), not {features.shape}")
         x, first = features.astype(np.float64), self.count if first is None else first
         self.count, self.sum, self.products = self.count + len(x), self.sum + x.sum(axis=0), self.products + x.T @ x
-        kept = self.kept()[first : first + len(x)] if self.total > KEEP else slice(None)
+        kept = self.kept[first : first + len(x)] if self.total > KEEP else slice(None)
         self.features[first] = features.astype(np.float32)[kept]
         if probabilities is not None:
             self.probabilities[first] = probabilities.astype(np.float32)[kept]
 
+    @cached_property
     def kept(self) -> np.ndarray:
         """Which of `total` images keep their features."""
         mask = np.zeros(self.total, bool)

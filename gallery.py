@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+import checkpoint
 import pictures
 import runs
 import sources
@@ -69,26 +70,17 @@ class Gallery:
                     Image.fromarray(image.squeeze()).save(self.out / "png" / f"{i:08d}.png")
             else:
                 temporary = self.out / f"unfinished-{self.ranks.rank}.npz"
-                np.savez(temporary, images=images, labels=np.full(len(images), -1) if labels is None else labels)
+                np.savez(temporary, images=images, labels=or_none(labels, len(images)))
                 os.replace(temporary, self.out / f"shard-{numbers.start:08d}.npz")
-            with open(self.out / f"notes-{self.ranks.rank}.jsonl", "a") as file:
-                file.write("\n" + json.dumps(note))         # a line that a kill cut off does not spoil the next
-                file.flush()
-                os.fsync(file.fileno())
+            checkpoint.append_line(self.out / f"notes-{self.ranks.rank}.jsonl", note)
         except OSError as problem:
             raise UserError(f"samples cannot be written to {self.out}: {problem}; the same command goes on from there"
                             ) from None
 
     def notes(self) -> list[dict]:
         """What is known of the finished batches, in the order of their images."""
-        found = {}
-        for file in self.out.glob("notes-*.jsonl"):
-            for line in file.read_text().splitlines():
-                try:
-                    note = json.loads(line)
-                    found[note["first"]] = note
-                except (ValueError, KeyError, TypeError):
-                    continue
+        notes = checkpoint.read_lines(self.out.glob("notes-*.jsonl"))
+        found = {note["first"]: note for note in notes if "first" in note}
         return [found[first] for first in sorted(found)]
 
     def finish(self, report: dict, labels: np.ndarray | None, classes: list[str]) -> str:
@@ -115,6 +107,11 @@ class Gallery:
         return f"{self.out}/grid.png, {wrote}, report.json"
 
 
+def or_none(labels: np.ndarray | None, count: int) -> np.ndarray:
+    """Labels as they are stored: -1 without classes."""
+    return np.full(count, -1) if labels is None else labels
+
+
 def read_npz(file) -> tuple[np.ndarray, np.ndarray]:
     """`images` uint8 (N, H, W, C) and `labels` (N,) of an .npz. Raises UserError when it holds none.
 
@@ -124,7 +121,7 @@ def read_npz(file) -> tuple[np.ndarray, np.ndarray]:
         with np.load(file, allow_pickle=False) as arrays:
             images = arrays["images" if "images" in arrays else "arr_0"]
             key = next((k for k in ("labels", "arr_1") if k in arrays), None)
-            labels = arrays[key] if key else np.full(len(images), -1)
+            labels = arrays[key] if key else or_none(None, len(images))
         if images.dtype != np.uint8 or images.ndim != 4 or labels.shape != (len(images),):
             raise ValueError(f"its images have the shape {images.shape} {images.dtype}, and not (N, H, W, C) uint8")
         return images, labels

@@ -43,6 +43,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import checkpoint
 import data
 import ranks as processes
 import sources
@@ -146,16 +147,9 @@ class Cache:
         os.replace(temporary, self.folder / "header.json")
 
     def notes(self) -> dict[int, dict]:
-        """What is known of the finished chunks, by number; a line that a kill cut off does not count."""
-        found = {}
-        for file in sorted(self.folder.glob("progress-*.jsonl")):
-            for line in file.read_text().splitlines():
-                try:
-                    note = json.loads(line)
-                    found[note["chunk"]] = note
-                except (ValueError, KeyError, TypeError):
-                    continue
-        return found
+        """What is known of the finished chunks, by number."""
+        notes = checkpoint.read_lines(self.folder.glob("progress-*.jsonl"))
+        return {note["chunk"]: note for note in notes if "chunk" in note}
 
     def write(self, chunk: int, moments: np.ndarray, note: dict) -> None:
         with open(self.folder / "moments.f16", "r+b") as file:
@@ -163,15 +157,7 @@ class Cache:
             file.write(moments.tobytes())
             file.flush()
             os.fsync(file.fileno())
-        with open(self.folder / f"progress-{self.rank}.jsonl", "a") as file:
-            if file.tell() and not self.clean:
-                file.write("\n")                            # after a line that a kill cut off
-            file.write(json.dumps({"chunk": chunk, **note}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self.clean = True
-
-    clean = False                                           # does the progress file end with a whole line?
+        checkpoint.append_line(self.folder / f"progress-{self.rank}.jsonl", {"chunk": chunk, **note})
 
     def complete(self) -> dict:
         """By the first process, when all chunks are there: labels of left out images, statistics, the final header."""

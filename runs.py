@@ -76,6 +76,10 @@ class Run:
         """That of the latents, loaded when the first one is decoded. Raises UserError when it is another one now."""
         return latents.Autoencoder(self.cfg.vae, self.device, expect=self.facts["latent"])
 
+    def ready(self) -> None:
+        """Loads now what decoding needs. Raises UserError when it is not there."""
+        _ = self.facts.get("latent") and self.autoencoder
+
     def decode(self, x1: torch.Tensor) -> np.ndarray:
         """What the model generates (B, C, H, W) as images uint8 (B, R, R, C)."""
         return data.to_images(x1 if self.facts.get("latent") is None else self.autoencoder.decode(x1))

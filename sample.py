@@ -95,7 +95,6 @@ def solve(velocity, noise, schedule, solver="dopri5", rtol=1e-5, atol=1e-5, step
     norm        what dopri5 holds below the tolerance: "batch", the root mean square over all images as torchdiffeq and
                 so the paper's code base do (the default: NFE stay comparable), or "sample", that of the worst image:
                 no image then pays for an easy batch, at more NFE
-
     jumps       times at which the velocity jumps, such as the ends of an interval of guidance; dopri5 stops there
 
     The solver never crosses a start time, where the field jumps too. State and time are float32 or better whatever the
@@ -156,6 +155,10 @@ class Guided:
         self.model, self.cfg_scale, self.interval, self.precision = model, cfg_scale, interval, precision
         self.calls, self.passes = Counter(), 0
 
+    def jumps(self, y) -> tuple:
+        """Times at which this velocity jumps, for `solve`."""
+        return self.interval if y is not None and self.cfg_scale != 1 else ()
+
     @torch.no_grad()
     def __call__(self, bands, t, y):
         self.calls[len(bands)] += 1
@@ -193,14 +196,13 @@ def batches(run: Run, chunks: list[range], labels, seed=0, cfg_scale=1.0, interv
     runs.check_guidance(run.cfg, cfg_scale, run.classes)
     runs.full_float32()
     schedule = Schedule(run.cfg.starts, run.cfg.path)
-    if run.facts.get("latent"):
-        run.autoencoder                                     # noqa: B018   loaded now, so that its time does not count
+    run.ready()                                             # so that loading does not count
     for numbers in chunks:
         model, began = Guided(run.model, cfg_scale, interval, precision), time.perf_counter()
         y = None if labels is None else torch.as_tensor(labels[numbers.start : numbers.stop], device=run.device)
         n = data.ImageRandom(seed, numbers, run.device)
-        jumps = interval if y is not None and cfg_scale != 1 else ()
-        images = run.decode(sample(model, n, y, schedule, run.shape, run.cfg.noise, jumps=jumps, **solver))
+        x1 = sample(model, n, y, schedule, run.shape, run.cfg.noise, jumps=model.jumps(y), **solver)
+        images = run.decode(x1)
         nfe = [model.calls[j + 1] for j in range(schedule.num_scales)]
         yield numbers, images, {"first": numbers.start, "count": len(numbers), "nfe": nfe, "forwards": model.passes,
                                 "seconds": time.perf_counter() - began}

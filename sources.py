@@ -28,6 +28,7 @@ import numpy as np
 from config import UserError
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+PROBLEMS = (OSError, KeyError, ValueError, IndexError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error)
 SPLITS = {"train", "training", "val", "valid", "validation", "test"}
 
 WHERE = {  # said when nothing is found; what is known was last looked up in November 2026
@@ -66,15 +67,14 @@ class Source:
                 return opened.shape[1], opened.shape[0]
             with Image.open(opened) as image:
                 return image.size
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile, zlib.error, RuntimeError) as problem:
+        except PROBLEMS as problem:
             raise UserError(f"cannot read {self.names[i]!r} of {self.where}: {problem}") from None
 
     def image(self, i: int, resolution: int) -> np.ndarray:
         """Image i as uint8 (3, R, R). Raises UserError naming the file when it cannot be read."""
         try:
             opened = self.open(i)
-        except (OSError, KeyError, ValueError, IndexError, TypeError, zipfile.BadZipFile, zlib.error,
-                RuntimeError) as problem:
+        except PROBLEMS as problem:
             raise UserError(f"cannot read {self.names[i]!r} of {self.where}: {problem}") from None
         return read_image(opened, resolution, self.names[i])
 

@@ -7,7 +7,6 @@ Every solver draws the images of the same seeds. The distance is that of pixels 
 Frechet distance of its features. A solver that is in RUN/study.jsonl already is not run again.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -27,6 +26,7 @@ if __name__ == "__main__":                                  # before torch is lo
 
 import numpy as np
 
+import checkpoint
 import data
 import features
 import fid
@@ -91,12 +91,8 @@ def main(args) -> None:
     fid.check_enough(args.num, len(mean), force=False)
     same = {"fingerprint": run.fingerprint, "num": args.num, "batch": args.batch, "device": str(run.device),
             "distance_name": name, "ref": args.ref, "cfg_scale": run.cfg.cfg_scale}
-    file, rows = run.folder / "study.jsonl", []
-    for line in file.read_text().splitlines() if file.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:                                  # cut off by a kill
-            continue
+    file = run.folder / "study.jsonl"
+    rows = checkpoint.read_lines([file] if file.exists() else [])
     rows = [row for row in rows if all(row.get(key) == value for key, value in same.items())]
     done = {name_of(row) for row in rows}
     few = min(8, args.num)                                  # the first call is slower than all others
@@ -116,8 +112,7 @@ def main(args) -> None:
             drawn.add(*extractor(images[first : first + args.batch]))
         distance = fid.frechet_distance(drawn.mean, drawn.cov, mean, cov)
         rows.append({**report, **same, "distance": distance})
-        with open(file, "a") as stream:
-            stream.write("\n" + json.dumps(rows[-1]))
+        checkpoint.append_line(file, rows[-1])
         if args.record:
             fid.record(Path(args.record), run.cfg, run.device, rows[-1])
     draw(run.folder / "study.png", rows)

@@ -199,8 +199,7 @@ def train(cfg: Config, fresh: bool, ranks: Ranks, record: str | None, deadline: 
 
     weights, name = (ema, "ema") if ema is not None else (model, "raw")
     run = runs.Run(cfg, weights, facts, out, step, name)
-    if dataset.latent:
-        ranks.first_does(lambda: run.autoencoder)           # samples need it: if it is not there, say so now
+    ranks.first_does(run.ready)                             # what samples need: if it is not there, say so now
     if step < cfg.steps:
         (out / "scores.json").unlink(missing_ok=True)       # of a shorter run
 
