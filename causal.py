@@ -74,8 +74,8 @@ class Tail:
     def segments(self):
         return self.whole.segments[self.first :]
 
-    def coefficients(self, i, t):
-        return self.whole.coefficients(i + self.first, t)
+    def enter(self, j, bands, x0):
+        return self.whole.enter(j + self.first, bands, x0)
 
 
 def upsample(run, small: torch.Tensor, count: int, labels, seed=0, cfg_scale=1.0, interval=(0.0, 1.0),
@@ -110,6 +110,9 @@ def upsample(run, small: torch.Tensor, count: int, labels, seed=0, cfg_scale=1.0
 
 def main(run, args, out: Path) -> None:
     """Draws, writes one picture, the images and a report, and prints what was measured."""
+    if run.cfg.method != "lapflow":
+        raise UserError("previews, variations and their like need the bands of LapFlow: this run was trained with "
+                        f"--method {run.cfg.method}")
     if run.cfg.mask == "none" and not args.upsample:
         raise UserError("previews and variations need coarse bands that do not read finer ones: this run was trained "
                         "with --mask none")

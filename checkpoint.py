@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from config import UserError
+from config import UserError, first_line
 
 VERSION = 1
 
@@ -82,18 +82,35 @@ def read(path: Path, checked: bool = False) -> dict:
         if not checked:
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():
-                    raise UserError(f"the checkpoint {path} is damaged: the checksum of {damaged} is wrong")
+                    raise UserError(f"the checkpoint {path} is damaged: the checksum of {damaged!r} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=checked)
     except UserError:
         raise
     except pickle.UnpicklingError:
         raise UserError(f"the checkpoint {path} is refused: it holds more than tensors and plain values") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, NotImplementedError) as problem:
-        raise UserError(f"the checkpoint {path} cannot be read: {problem or type(problem).__name__}") from None
+    except Exception as problem:                            # zipfile and torch raise many kinds for a damaged file
+        raise UserError(f"the checkpoint {path} cannot be read: {first_line(problem)}") from None
     if not isinstance(state, dict) or state.get("version") != VERSION:
         found = state.get("version") if isinstance(state, dict) else None
-        raise UserError(f"the checkpoint {path} has version {found}, this code reads version {VERSION}")
+        raise UserError(f"the checkpoint {path} has version {found!r:.20}, this code reads version {VERSION}")
+    kinds = {"step": int, "config": dict, "data": dict, "model": dict, "ema": (dict, type(None)), "optimizer": dict}
+    wrong = [name for name, kind in kinds.items() if name not in state or not isinstance(state[name], kind)]
+    if wrong:
+        raise UserError(f"the checkpoint {path} is none of train.py: it lacks {', '.join(wrong)}")
     return state
+
+
+def read_json(file: Path, what: str) -> dict | None:
+    """A JSON object, None without the file. Raises UserError, saying that it is no `what`, for anything else."""
+    try:
+        found = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as problem:
+        raise UserError(f"{file} cannot be read as {what}: {first_line(problem)}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{file} is no {what}: it is not a JSON object")
+    return found
 
 
 def append_line(file: Path, entry: dict) -> None:
@@ -108,10 +125,10 @@ def read_lines(files) -> list[dict]:
     """The entries of files of such lines; a line that a kill cut off does not count."""
     found = []
     for file in sorted(files):
-        for line in file.read_text().splitlines():
+        for line in file.read_bytes().splitlines():
             try:
                 entry = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             found += [entry] if isinstance(entry, dict) else []
     return found

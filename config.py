@@ -14,6 +14,10 @@ from dataclasses import dataclass
 
 DATASETS = ("digits", "photos", "folder", "celebahq", "imagenet")
 SPACES = ("pixel", "latent")
+METHODS = ("lapflow", "lfm", "pyramidal", "pyramidal-zero-overlap", "pixelflow", "edify", "edify-plain", "dfm",
+           "separate")
+ABLATIONS = ("mask", "starts", "path", "scales", "noise", "experts", "separate", "space", "stages",
+             "times", "sharing", "condition-tokens")
 NOISES = ("pyramid", "independent")
 STAGES = ("stratified", "batch")
 PRECISIONS = ("float32", "bfloat16")
@@ -23,6 +27,12 @@ SOLVERS = ("dopri5", "euler", "midpoint", "heun", "rk4")
 
 class UserError(ValueError):
     """Something the user can put right. Scripts print it as one sentence, without a traceback."""
+
+
+def first_line(problem: Exception) -> str:
+    """What an exception says, for one sentence: its first line, or its kind when it says nothing."""
+    said, kind = next(iter(str(problem).splitlines()), ""), type(problem).__name__
+    return f"{kind}: {said}" if said and isinstance(problem, KeyError) else said or kind
 
 
 def option(default, help, free=False):
@@ -47,6 +57,8 @@ class Config:
     out: str = option("", "directory of the run [out/PRESET]", free=True)
     seed: int = option(0, "seed of everything random")
     # model
+    method: str = option("lapflow", "lapflow, or a system to compare it with: lfm, pyramidal, pyramidal-zero-overlap, "
+                         "pixelflow, edify, edify-plain, dfm, separate")
     size: str = option("96,6,3,2", "S/2, B/2, L/2, XL/2, or hidden_size,depth,num_heads,patch_size")
     num_scales: int = option(2, "bands of the pyramid, K; 1 is a plain DiT")
     experts: str = option("full", "what is per band: full, qkv or none")
@@ -92,6 +104,9 @@ class Config:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value, kind = getattr(self, field.name), type(field.default)
+            parts = value if isinstance(value, (tuple, list)) else [value]
+            if any(isinstance(part, int) and abs(part) > 2**63 for part in parts):      # no float holds 10^400
+                raise UserError(f"{field.name} must be at most 2^63 in size")
             if kind is tuple and isinstance(value, (tuple, list)) and all(_is(float, v) for v in value):
                 object.__setattr__(self, field.name, tuple(float(v) for v in value))
             elif kind is float and _is(float, value):
@@ -101,8 +116,9 @@ class Config:
         for name in ("res", "num_scales", "batch", "num_samples", "log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.num_scales > 8:
-            raise UserError(f"num_scales must be at most 8, not {self.num_scales}")
+        for name, most in (("num_scales", 8), ("res", 2**14)):
+            if getattr(self, name) > most:
+                raise UserError(f"{name} must be at most {most}, not {getattr(self, name)}")
         for name in ("seed", "steps", "lr", "lr_end", "warmup", "weight_decay", "clip", "solver_steps", "cfg_scale",
                      "micro_batch", "sample_every", "eval_every", "keep_every"):
             if not 0 <= getattr(self, name) < 2**63:
@@ -111,10 +127,10 @@ class Config:
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
         for name in ("rtol", "atol"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"{name} must be above 0, not {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{name} must be a number above 0, not {getattr(self, name)}")
         for name, choices in (("dataset", DATASETS), ("space", SPACES), ("noise", NOISES), ("stages", STAGES),
-                              ("precision", PRECISIONS), ("logger", LOGGERS)):
+                              ("precision", PRECISIONS), ("logger", LOGGERS), ("method", METHODS)):
             if getattr(self, name) not in choices:
                 known = ", ".join(choice for choice in choices if choice)
                 raise UserError(f"unknown {name} {getattr(self, name)!r}; choose one of {known}")
@@ -125,8 +141,18 @@ class Config:
         if self.stages == "stratified" and self.batch < self.num_scales:
             raise UserError(f"stratified stages need a batch of at least {self.num_scales} images, one for each stage, "
                             f"not {self.batch}")
-        if not self.starts:
-            object.__setattr__(self, "starts", tuple(i / self.num_scales for i in range(self.num_scales)))
+        if self.method != "lapflow":
+            for name in ("experts", "noise", "full_range", "mask", "path")[: 3 if self.method == "separate" else 5]:
+                if getattr(self, name) != getattr(Config, name):
+                    raise UserError(f"{name} belongs to LapFlow: leave it out with --method {self.method}")
+        if self.method == "lfm" and self.num_scales != 1:
+            raise UserError(f"LFM has one scale, not {self.num_scales}: leave out --num-scales and --starts")
+        if self.method == "dfm" and self.stages == "stratified" and self.batch < 10 * (self.num_scales - 1):
+            raise UserError("DFM trains its finer stages on a tenth of each batch: stratified stages need a batch of "
+                            f"at least {10 * (self.num_scales - 1)} images, not {self.batch}")
+        if not self.starts:                                 # dfm: see baselines/dfm.py
+            object.__setattr__(self, "starts", tuple(
+                (0.9 if i else 0.0) if self.method == "dfm" else i / self.num_scales for i in range(self.num_scales)))
         if len(self.starts) != self.num_scales:
             raise UserError(f"{self.num_scales} scales need {self.num_scales} starts, but there are "
                             f"{len(self.starts)}: {','.join(map(str, self.starts))}")
@@ -140,7 +166,7 @@ class Config:
         """The inverse of to_dict. Raises UserError for a key that is no setting."""
         if not isinstance(values, dict):
             raise UserError("a configuration must be a JSON object of settings")
-        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+        unknown = sorted(map(repr, set(values) - {f.name for f in dataclasses.fields(cls)}))
         if unknown:
             raise UserError(f"unknown settings in the configuration: {', '.join(unknown)}")
         return cls(**values)
@@ -220,6 +246,14 @@ PRESETS = {
     "celebahq-256-path-gvp": _256.but(4.10, path="gvp"),
     "celebahq-256-mask-none": _256.but(3.91, mask="none"),
     "celebahq-256-mask-self": _256.but(5.19, mask="self"),
+    "celebahq-256-lfm": Preset(dict(_256.settings, method="lfm", num_scales=1, vae=SD_VAE),
+                               dict(fid=5.26, recall=0.46, nfe=89, seconds=1.70, parameters=541)),
+    "celebahq-256-lfm-eq-vae": _256.but(7.77, method="lfm", num_scales=1),
+    "celebahq-256-pyramidal": Preset(dict(_256.settings, method="pyramidal"),
+                                     dict(fid=11.20, recall=0.48, nfe=90, seconds=1.85, parameters=544)),
+    "celebahq-256-edify": Preset(dict(_256.settings, method="edify", space="pixel", vae="", size="L/16"),
+                                 dict(fid=7.62, recall=0.47, nfe=95, seconds=2.10, parameters=602)),
+    "celebahq-256-separate": _256.but(3.60, method="separate"),
     "celebahq-256-sd-vae": _256.but(4.37, vae=SD_VAE),
     "celebahq-256-pixel": _256.but(8.63, space="pixel", vae="", size="L/16"),   # the paper does not say which patches
     "celebahq-512-scales-2": _512.but(5.45, num_scales=2),
@@ -320,21 +354,24 @@ def resolve(given: dict) -> Config:
     if not name:                                            # the first that fits most of what was asked for
         for wanted in ({"res", "size", "space"}, {"res", "space"}, {"res"}, set()):
             asked = {"dataset": dataset, **{k: v for k, v in given.items() if k in wanted}}
-            fits = [n for n, p in PRESETS.items()
-                    if all(getattr(Config(**p.settings), k) == v for k, v in asked.items())]
+            fits = [n for method in (given.get("method"), "lapflow") for n, p in PRESETS.items() if all(
+                getattr(Config(**p.settings), k) == v for k, v in {**asked, "method": method}.items())]
             if fits:
                 name = fits[0]
                 break
     settings = {**PRESETS[name].settings, **given}
+    if settings.get("method") == "lfm":
+        settings["num_scales"] = given.get("num_scales", 1)
     if settings.get("space") == "pixel":
         settings["vae"] = given.get("vae", "")
     elif settings.get("space") == "latent" and ("res" in given or not settings.get("vae")):
-        settings["vae"] = given.get("vae") or standard_vae(settings["res"])
+        settings["vae"] = given.get("vae") or standard_vae(settings.get("res", Config.res))
     config = Config(**settings)
     if not config.out:
         row = find_row(config) or name
         standard = config.res == Config(**PRESETS[row].settings).res
-        config = dataclasses.replace(config, out=f"out/{row}" if standard else f"out/{row}-{config.res}")
+        other = "" if config.method == Config(**PRESETS[row].settings).method else f"-{config.method}"
+        config = dataclasses.replace(config, out=f"out/{row}{other}" if standard else f"out/{row}{other}-{config.res}")
     if config.space == "latent" and not config.latents:
         config = dataclasses.replace(config, latents=cache_folder(config.dataset, config.res, config.vae, "train"))
     return config

@@ -8,7 +8,7 @@ Two rules make runs repeatable:
 * Sampling: image i has its own generator seeded by (seed, i), so it does not depend on the batch it is drawn in.
 """
 
-import json
+import math
 import os
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import checkpoint
 import sources
-from config import UserError
+from config import UserError, first_line
 
 # ---------------------------------------------------------------------------------------------------------------------
 # randomness
@@ -42,6 +43,10 @@ class BatchRandom:
     def randn(self, *shape: int) -> torch.Tensor:
         """Standard normal, (rows, *shape)."""
         return torch.randn(self.batch, *shape, generator=self.generator, device=self.device)[self.rows]
+
+    def choice(self, shares: list[float]) -> int:
+        """One index, drawn with these probabilities, the same for every row and every process."""
+        return self.shared.choices(range(len(shares)), shares)[0]
 
     def randint(self, high: int) -> int:
         """One integer in [0, high), the same for every row and every process."""
@@ -73,16 +78,21 @@ def order(count: int, seed: int, start: int, length: int) -> np.ndarray:
                            for e in np.unique(places // count)])
 
 
+def read_step(dataset, cfg, step: int, rows: list[slice]) -> list:
+    """(raw, y) of each of the given rows of the global batch. Which images a step takes, and which of them are
+    mirrored, depends on the seed and the step alone."""
+    index = order(len(dataset), cfg.seed, step * cfg.batch, cfg.batch)
+    u = np.random.Generator(np.random.Philox(key=[cfg.seed, 2**63 + step])).random((cfg.batch, 3))
+    return [dataset.read(index[part], u[part]) for part in rows]
+
+
 def read_ahead(dataset, cfg, step: int, rows: list[slice], pin: bool = False):
     """Yields, for steps step, step + 1, ..., a list with (raw, y) of each of the given rows of the global batch.
 
-    A thread reads one step ahead; pin=True puts the tensors into memory that a GPU copies from by itself. Which images
-    a step takes, and which of them are mirrored, depends on the seed and the step alone.
+    A thread reads one step ahead; pin=True puts the tensors into memory that a GPU copies from by itself.
     """
     def read(step):
-        index = order(len(dataset), cfg.seed, step * cfg.batch, cfg.batch)
-        u = np.random.Generator(np.random.Philox(key=[cfg.seed, 2**63 + step])).random((cfg.batch, 3))
-        pairs = [dataset.read(index[part], u[part]) for part in rows]
+        pairs = read_step(dataset, cfg, step, rows)
         return [tuple(x.pin_memory() if pin and x is not None and not x.is_cuda else x for x in pair) for pair in pairs]
 
     with ThreadPoolExecutor(1) as pool:
@@ -196,6 +206,9 @@ class Latents:
         shape = (header["count"], 2, 2 * self.channels, self.side, self.side)
         self.labels = np.load(folder / "labels.npy", allow_pickle=False)
         self.valid = np.flatnonzero(self.labels >= 0)       # an image that could not be read has label -1
+        if self.labels.shape != shape[:1] or self.labels.dtype != np.int64 or not len(self.valid) or (
+                self.labels.max() >= max(1, len(self.classes))):
+            raise ValueError("labels.npy does not fit header.json")
         self.moments = np.memmap(folder / "moments.f16", np.float16, "r", shape=shape)
         statistics = zip(self.latent["shift"], self.latent["scale"], strict=True)
         self.shift, self.scale = (torch.tensor(row).view(-1, 1, 1) for row in zip(*statistics, strict=True))
@@ -298,7 +311,7 @@ def open_latents(cfg) -> Latents:
     if source and source.fingerprint != header["fingerprint"]:
         raise UserError(f"the latent cache in {folder} was made of other images than {cfg.data}: name another with "
                         f"--latents, or make one with\n  {make}")
-    wrong = [f"its {name} is {found}, the run asks for {asked}" for name, found, asked in (
+    wrong = [f"its {name} is {found!r}, the run asks for {asked!r}" for name, found, asked in (
         ("dataset", header["dataset"], cfg.dataset), ("resolution", header["res"], cfg.res),
         ("vae", header["vae"].get("name"), cfg.vae)) if found != asked]
     if wrong:
@@ -307,31 +320,43 @@ def open_latents(cfg) -> Latents:
     try:
         expected = header["count"] * 2 * 2 * header["channels"] * header["side"] ** 2 * 2
         found = (folder / "moments.f16").stat().st_size
-        if found != expected:
-            raise UserError(f"the latent cache in {folder} is damaged: moments.f16 has {found:,} bytes and should have "
-                            f"{expected:,}; delete the directory and make it again with\n  {make}")
-        return Latents(folder, header, cfg.flip)
-    except (OSError, ValueError, EOFError) as problem:
-        raise UserError(f"the latent cache in {folder} cannot be read: {problem}") from None
+        if found == expected:
+            return Latents(folder, header, cfg.flip)
+    except Exception as problem:                            # numpy raises many kinds for a damaged file
+        raise UserError(f"the latent cache in {folder} cannot be read: {first_line(problem)}; delete the directory and "
+                        f"make it again with\n  {make}") from None
+    raise UserError(f"the latent cache in {folder} is damaged: moments.f16 has {found:,} bytes and should have "
+                    f"{expected:,}; delete the directory and make it again with\n  {make}")
 
 
 def read_header(folder: Path) -> dict | None:
     """header.json of a latent cache, None without one. Raises UserError when it is not what latents.py writes."""
-    try:
-        header = json.loads((folder / "header.json").read_text())
-    except FileNotFoundError:
+    header = checkpoint.read_json(folder / "header.json", "header of a latent cache")
+    if header is None:
         return None
-    except (OSError, ValueError) as problem:
-        raise UserError(f"{folder / 'header.json'} cannot be read: {problem}") from None
-    kinds = {"complete": bool, "dataset": str, "res": int, "count": int, "channels": int, "side": int, "classes": list,
-             "fingerprint": str, "vae": dict}
-    if not isinstance(header, dict) or any(not isinstance(header.get(k), kind) for k, kind in kinds.items()):
-        raise UserError(f"{folder / 'header.json'} is no header of a latent cache")
-    for name in ("shift", "scale"):
-        values = header["vae"].get(name)
-        if not isinstance(values, list) or len(values) != header["channels"]:
-            raise UserError(f"{folder / 'header.json'} is no header of a latent cache: it lacks the {name} of the VAE")
+    kinds = {"complete": bool, "dataset": str, "split": str, "res": int, "side": int, "channels": int, "classes": list,
+             "fingerprint": str, "count": int, "vae": dict}
+    wrong = [name for name, kind in kinds.items() if type(header.get(name, "train" if name == "split" else None))
+             is not kind]                                   # type: true is no number of images
+    if not wrong:
+        wrong = what_is_wrong(header, header["vae"]) + (["count"] if header["count"] < 1 else [])
+    if wrong:
+        raise UserError(f"{folder / 'header.json'} is no header of a latent cache: its {', '.join(wrong)} cannot be")
     return header
+
+
+def what_is_wrong(facts: dict, latent: dict | None) -> list[str]:
+    """Names of the entries that nothing of ours wrote, of `facts` or of a header; latent: its autoencoder's."""
+    channels, side, classes = (facts.get(name) for name in ("channels", "side", "classes"))
+    wrong = [name for name, value in (("channels", channels), ("side", side))
+             if type(value) is not int or not 0 < value <= 2**14]
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        wrong.append("classes")
+    if latent is not None and not (isinstance(latent, dict) and isinstance(latent.get("sha256"), str) and all(
+            isinstance(latent.get(name), list) and len(latent[name]) == channels
+            and all(isinstance(v, float) and math.isfinite(v) for v in latent[name]) for name in ("shift", "scale"))):
+        wrong.append("vae")
+    return wrong
 
 
 def facts(dataset) -> dict:

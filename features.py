@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 import runs
-from config import UserError
+from config import UserError, first_line
 
 INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
@@ -120,7 +120,7 @@ def load_script(path: Path, device):
     try:
         return torch.jit.load(path, map_location=device).eval()
     except (RuntimeError, ValueError, OSError) as problem:
-        raise UserError(f"{path} is no TorchScript file: {str(problem).splitlines()[0]}") from None
+        raise UserError(f"{path} is no TorchScript file: {first_line(problem)}") from None
 
 
 def load_extractor(name: str, file: str = "", device="cpu", trust: bool = False):
@@ -280,9 +280,8 @@ def load_reference(file: str) -> Reference:
             raise ValueError("its arrays have the wrong shapes")
         return Reference(mean, cov, features, how)
     except Exception as problem:                            # numpy raises many kinds for a damaged file
-        said = (str(problem).splitlines() or [type(problem).__name__])[0]
-        raise UserError(f"{file} is no reference: it must be an .npz with mu and sigma, as fid.py ref writes ({said})"
-                        ) from None
+        raise UserError(f"{file} is no reference: it must be an .npz with mu and sigma, as fid.py ref writes "
+                        f"({first_line(problem)})") from None
 
 
 def check_comparable(reference: Reference, how: dict, file: str) -> None:

@@ -13,6 +13,7 @@ With --ref: Frechet distance, precision, recall and KID on the reference's featu
 the inception score, in one pass over the images. All of them depend on the number of images: compare only equal n.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -40,7 +41,7 @@ if __name__ == "__main__":                                  # before torch is lo
     PARSER.add_argument("--codec", choices=("none", "jpeg"), default="none",
                         help="jpeg: both sides through JPEG of quality 75, the protocol of LFM [none]")
     PARSER.add_argument("--dataset", default="folder", choices=("folder", "celebahq", "imagenet"), help="of ref")
-    PARSER.add_argument("--data", default="", help="of ref: real images, any form that latents.py reads")
+    PARSER.add_argument("--data", default="", help="of ref or of an export: real images, as latents.py reads")
     PARSER.add_argument("--split", default="train", help="of ref: which split, where the data have several [train]")
     PARSER.add_argument("--res", type=int, default=256, help="of ref: height and width in pixels [256]")
     PARSER.add_argument("--out", default="reference.npz", help="of ref: the file to write [reference.npz]")
@@ -269,12 +270,17 @@ def check_record(file: str | None) -> None:
         raise UserError(f"results cannot be appended to {file}: {problem}") from None
 
 
-def record(file: Path, cfg: Config | None, device: torch.device, scores: dict) -> None:
-    """Appends one line with all that is needed to repeat a measurement; the tables of README.md are made from such."""
+def commit() -> str:
+    """Of this code; "-dirty" with changes."""
     git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False,
                          cwd=Path(__file__).parent)
+    return git.stdout.strip()
+
+
+def record(file: Path, cfg: Config | None, device: torch.device, scores: dict) -> None:
+    """Appends one line with all that is needed to repeat a measurement; the tables of README.md are made from such."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu_name()}, {os.cpu_count()} cores"
-    line = {"date": time.strftime("%Y-%m-%d"), "commit": git.stdout.strip(), "hardware": name,
+    line = {"date": time.strftime("%Y-%m-%d"), "commit": commit(), "hardware": name,
             "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
             "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
             "config": cfg.to_dict() if cfg else None, **scores}
@@ -379,8 +385,8 @@ def against_reference(args, ranks) -> None:
     if files:
         total, parts = gallery.open_samples(Path(what), args.batch)
         res = parts[0][1]()[0].shape[1]
-        beside = (folder if folder.is_dir() else folder.parent) / "report.json"     # how sample.py made them
-        reports = [{**(json.loads(beside.read_text()) if beside.exists() else {}), "samples": what}]
+        beside = folder if folder.is_dir() else folder.parent                       # where sample.py says how
+        reports = [{**gallery.read_report(beside), "samples": what}]
     else:
         run = runs.load_run(what, args.raw, str(ranks.device), args.vae)
         if args.compile:
@@ -454,6 +460,8 @@ def against_training_data(args) -> None:
     run = runs.load_run(None if files else args.what, args.raw, args.device, args.vae)
     if args.compile:
         runs.compile_blocks(run.model)
+    if args.data:                                           # an export does not say where its images are
+        run.cfg = dataclasses.replace(run.cfg, data=args.data)
     dataset, scored = data.load(run.cfg), run.folder
     if dataset.classes != run.classes:
         raise UserError(f"the data of {run.folder} has changed: it was trained on the classes {run.classes}")
@@ -465,8 +473,7 @@ def against_training_data(args) -> None:
                             f"{run.image_shape}")
         labels = labels if run.classes and labels.min() >= 0 else None
         scored = where if where.is_dir() else where.parent
-        beside = scored / "report.json"                     # how sample.py made them
-        report = {**(json.loads(beside.read_text()) if beside.exists() else {}), "samples": args.what}
+        report = {**gallery.read_report(scored), "samples": args.what}
         print(f"samples    {args.what}" + (f"\n{gallery.describe(report)}" if "nfe_segments" in report else ""))
     else:
         labels = runs.choose_labels(args.labels, args.num, run.classes)

@@ -19,7 +19,7 @@ import checkpoint
 import pictures
 import runs
 import sources
-from config import UserError
+from config import UserError, first_line
 
 
 class Gallery:
@@ -36,23 +36,21 @@ class Gallery:
         return [chunk for chunk in chunks if chunk.start not in done]
 
     def begin(self) -> None:
-        file, job = self.out / "job.json", json.loads(json.dumps(self.job))
+        job = json.loads(json.dumps(self.job))              # tuples are lists there
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            found = json.loads(file.read_text()) if file.exists() else None
+            found = read_job(self.out)
             old = [*self.out.glob("shard-*.npz"), *self.out.glob("notes-*.jsonl"), *self.out.glob("png/*")]
             if found != job:
-                if old and not (isinstance(found, dict) and found.get("format") == "npz"):
+                if old and (found or {}).get("format") != "npz":
                     raise UserError(f"{self.out} holds other samples: choose another directory with --out, or "
                                     "delete it")
                 for part in old:                            # of a single file that was not finished
                     part.unlink()
-                file.write_text(json.dumps(job))
+                (self.out / "job.json").write_text(json.dumps(job))
             if self.format == "png":
                 (self.out / "png").mkdir(exist_ok=True)
-        except (OSError, ValueError) as problem:
-            if isinstance(problem, UserError):
-                raise
+        except OSError as problem:
             raise UserError(f"the directory {self.out} cannot be written: {problem}; choose another with --out"
                             ) from None
 
@@ -80,7 +78,8 @@ class Gallery:
     def notes(self) -> list[dict]:
         """What is known of the finished batches, in the order of their images."""
         notes = checkpoint.read_lines(self.out.glob("notes-*.jsonl"))
-        found = {note["first"]: note for note in notes if "first" in note}
+        found = {note["first"]: note for note in notes
+                 if all(isinstance(note.get(name), int) for name in ("first", "count"))}
         return [found[first] for first in sorted(found)]
 
     def finish(self, report: dict, labels: np.ndarray | None, classes: list[str]) -> str:
@@ -126,8 +125,22 @@ def read_npz(file) -> tuple[np.ndarray, np.ndarray]:
             raise ValueError(f"its images have the shape {images.shape} {images.dtype}, and not (N, H, W, C) uint8")
         return images, labels
     except Exception as problem:                            # numpy raises many kinds for a damaged file
-        said = (str(problem).splitlines() or [type(problem).__name__])[0]
-        raise UserError(f"{file} is no samples.npz of sample.py: {said}") from None
+        raise UserError(f"{file} is no samples.npz of sample.py: {first_line(problem)}") from None
+
+
+def read_job(folder: Path) -> dict | None:
+    return checkpoint.read_json(folder / "job.json", "job of sample.py")
+
+
+def read_report(folder: Path) -> dict:
+    """report.json of a directory of samples, empty without one. Raises UserError when sample.py did not write it."""
+    report = checkpoint.read_json(folder / "report.json", "report of sample.py") or {}
+    try:
+        if "nfe_segments" in report:
+            describe(report)
+    except (KeyError, TypeError, ValueError, OverflowError) as problem:
+        raise UserError(f"{folder / 'report.json'} is no report of sample.py: {first_line(problem)}") from None
+    return report
 
 
 def open_samples(where: Path, batch: int = 250, finished: bool = True) -> tuple[int, list]:
@@ -136,17 +149,17 @@ def open_samples(where: Path, batch: int = 250, finished: bool = True) -> tuple[
     where: a samples.npz, a directory that sample.py wrote, or any folder of images. Raises UserError when there are
     none, and for a directory whose samples are not complete (finished=False: takes what is there).
     """
-    job = where / "job.json"
-    format = json.loads(job.read_text())["format"] if job.exists() else None
+    job = read_job(where) if where.is_dir() else None
+    format = job.get("format") if job else None
     if format and finished:
         noted = sum(note["count"] for note in Gallery(where, {}, format, None).notes())
-        if format == "npz" or noted != json.loads(job.read_text())["num"]:
+        if format == "npz" or noted != job.get("num"):
             raise UserError(f"the samples in {where} are not complete: the command that draws them goes on")
     if where.suffix == ".npz" or (format is None and (where / "samples.npz").exists()):
         images, labels = read_npz(where if where.suffix == ".npz" else where / "samples.npz")
         return len(images), [(i, lambda i=i: (images[i : i + batch], labels[i : i + batch]))
                              for i in range(0, len(images), batch)]
-    shards = sorted(where.glob("shard-*.npz")) if format in ("shards", "npz") else []
+    shards = sorted(where.glob(f"shard-{8 * '[0-9]'}.npz")) if format in ("shards", "npz") else []
     if shards:
         firsts = [int(file.stem[6:]) for file in shards]
         return firsts[-1] + len(read_npz(shards[-1])[0]), [

@@ -47,7 +47,7 @@ import checkpoint
 import data
 import ranks as processes
 import sources
-from config import UserError
+from config import UserError, first_line
 
 
 class Autoencoder:
@@ -70,8 +70,7 @@ class Autoencoder:
                 folder = folder / "vae"                     # a whole pipeline
             vae = AutoencoderKL.from_pretrained(folder, torch_dtype=getattr(torch, precision), local_files_only=True)
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as problem:
-            raise UserError(f"there is no AutoencoderKL of diffusers in {folder}: "
-                            f"{(str(problem).splitlines() or [type(problem).__name__])[0]}") from None
+            raise UserError(f"there is no AutoencoderKL of diffusers in {folder}: {first_line(problem)}") from None
         channels, digest = vae.config.latent_channels, hashlib.sha256()
         for key, tensor in sorted(vae.state_dict().items()):
             digest.update(key.encode() + tensor.float().numpy().tobytes())
@@ -138,7 +137,7 @@ class Cache:
         with open(self.folder / "moments.f16", "wb") as file:
             file.truncate(need)
         np.save(self.folder / "labels.npy", np.array(labels, np.int64))
-        (self.folder / "names.txt").write_text("\n".join(names) + "\n")
+        (self.folder / "names.txt").write_bytes(("\n".join(names) + "\n").encode(errors="surrogateescape"))
         self.write_header(self.header)
 
     def write_header(self, header: dict) -> None:
@@ -163,6 +162,8 @@ class Cache:
         """By the first process, when all chunks are there: labels of left out images, statistics, the final header."""
         notes = [note for _, note in sorted(self.notes().items())]
         bad = {int(i): why for note in notes for i, why in note["bad"].items()}
+        if len(bad) == self.header["count"]:
+            raise UserError(f"none of the {len(bad)} images of {self.header['where']} can be read: {bad[0]}")
         labels = np.load(self.folder / "labels.npy", allow_pickle=False)
         labels[list(bad)] = -1
         np.save(self.folder / "labels.tmp.npy", labels)

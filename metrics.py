@@ -17,17 +17,20 @@ import json
 import math
 import os
 import re
+import sys
 import time
 from pathlib import Path
 
 import torch
 
 import checkpoint
+import data
 import plan
 from config import Config, UserError
 from ranks import Ranks
 
 BINS = 10
+PATIENCE = 10                                               # steps in a row that are not finite: then training stops
 
 
 class Metrics:
@@ -44,6 +47,7 @@ class Metrics:
             temporary.write_text("".join(line + "\n" for line in kept))
             os.replace(temporary, self.file)
             self.logger = open_logger(cfg, out)
+        self.in_a_row = 0
         self.clear()
 
     def clear(self) -> None:
@@ -51,52 +55,55 @@ class Metrics:
         self.bins = torch.zeros(2, self.cfg.num_scales, BINS, device=self.ranks.device)     # sum of errors, count
         self.flops, self.waited, self.began = 0.0, 0.0, time.perf_counter()
 
-    def add(self, errors: list, total: torch.Tensor) -> None:
+    def add(self, errors: list, total: torch.Tensor, images: int) -> None:
         """One micro-batch; errors: for each active band (t, squared error), one number per example; total: its loss."""
-        row = torch.zeros(2 * self.cfg.num_scales + 1, device=self.ranks.device)    # sum and count by band, loss
+        bands = self.cfg.num_scales                         # sum and count by band, loss, and how many errors are not
+        row = torch.zeros(2 * bands + 1 + bands * BINS, device=self.ranks.device)   # finite, by band and time
         for i, (t, error) in enumerate(errors):
             row[2 * i], row[2 * i + 1] = error.sum(), float(len(error))
             place = (t * BINS).long().clamp(max=BINS - 1)
-            self.bins[0, i].index_add_(0, place, error.float())
-            self.bins[1, i].index_add_(0, place, torch.ones_like(place, dtype=torch.float32))
-        row[-1] = total.detach()
-        if self.cfg.stages == "batch":
-            self.flops += 3 * len(errors[0][0]) * self.model.flops(len(errors) - 1)  # backward is two forwards
-        else:
-            self.flops += 3 * len(errors[0][0]) * self.model.mean_flops()
+            finite = error.isfinite()
+            for plane, values in enumerate((torch.where(finite, error, 0), finite)):
+                self.bins[plane, i].index_add_(0, place, values.float())
+            row[2 * bands + 1 :].view(bands, BINS)[i].index_add_(0, place, (~finite).float())
+        row[2 * bands] = total.detach()
+        flops = self.model.flops(len(errors) - 1) if self.cfg.stages == "batch" else self.model.mean_flops()
+        self.flops += 3 * images * flops                    # backward is two forwards
         self.rows.append(row)
 
-    def end_step(self, step: int, grad_norm: torch.Tensor) -> None:
+    def end_step(self, step: int, grad_norm: torch.Tensor, bad: torch.Tensor) -> None:
+        """bad: 1 when loss or gradient were not finite, and the step was not applied."""
         self.steps.append((step, len(self.rows)))
-        self.norms.append(grad_norm)
+        self.norms.append(torch.stack([grad_norm, bad]))
 
     def pause(self, began: float) -> None:
         """Leaves out the time since `began`, of a checkpoint or of samples."""
         self.began += time.perf_counter() - began
 
-    def write(self, lr: float) -> dict:
-        """One line for the steps since the last. Raises UserError, with step and band, at a loss that is not finite."""
+    def write(self, lr: float, culprits=lambda step: []) -> dict:
+        """One line for the steps since the last. Steps that were not applied are named, with band and times, and left
+        out; after PATIENCE of them in a row: UserError. culprits(step): which images of this process did it."""
         rows = self.ranks.sum(torch.stack(self.rows)).double().cpu()                # waits for device and processes
         bins, norms = self.ranks.sum(self.bins).cpu(), torch.stack(self.norms).tolist()
-        seconds, cfg, first, losses = time.perf_counter() - self.began, self.cfg, 0, []
-        for (step, end), norm in zip(self.steps, norms, strict=True):
+        seconds, cfg, first, losses, kept = time.perf_counter() - self.began, self.cfg, 0, [], []
+        for (step, end), (norm, bad) in zip(self.steps, norms, strict=True):
             row, first = rows[first:end].sum(dim=0).tolist(), end
-            losses.append(row[-1])
-            named = [(f"loss of band {i}", row[2 * i]) for i in range(cfg.num_scales)]
-            for what, value in [*named, ("loss", row[-1]), ("gradient", norm)]:
-                if not math.isfinite(value):
-                    last = next(iter(checkpoint.steps(self.out)), None)
-                    kept = f"the last good checkpoint is {last}" if last else "no checkpoint was written yet"
-                    raise UserError(f"the {what} is {value} at step {step}: training stopped, {kept}; "
-                                    "a lower --lr or a --clip may help")
-        sums, step, images = rows.sum(dim=0).tolist(), self.steps[-1][0], len(self.steps) * cfg.batch
+            self.in_a_row = self.in_a_row + 1 if bad else 0
+            if bad:
+                self.complain(step, row, norm, culprits)
+            else:
+                losses.append(row[2 * cfg.num_scales])
+                kept.append((row, norm))
+        step, images = self.steps[-1][0], len(self.steps) * cfg.batch
+        sums = [sum(column) for column in zip(*(row for row, _ in kept), strict=True)] or [0.0] * (2 * cfg.num_scales)
         peak, cuda = plan.peak_flops(self.ranks.device), self.ranks.device.type == "cuda"
         line = {
             "step": step, "images": step * cfg.batch, "epoch": step * cfg.batch / self.epoch,
-            "loss": sum(losses) / len(losses),
+            "loss": ratio(sum(losses), len(losses)), "skipped": len(self.steps) - len(losses),
             "loss_bands": [ratio(sums[2 * i], sums[2 * i + 1]) for i in range(cfg.num_scales)],
-            "loss_bins": [[ratio(s, n) for s, n in zip(*band, strict=True)] for band in bins.transpose(0, 1).tolist()],
-            "grad_norm": sum(norms) / len(norms), "lr": lr,
+            "loss_bins": [[ratio(s, n) for s, n in zip(*band, strict=True)]
+                          for band in bins.transpose(0, 1).tolist()],
+            "grad_norm": ratio(sum(norm for _, norm in kept), len(kept)), "lr": lr,
             "images_per_second": images / seconds, "images_per_second_per_gpu": images / seconds / self.ranks.world,
             "data_wait": self.waited / seconds, "mfu": self.flops / seconds / peak if peak else None,
             "memory_gb": torch.cuda.max_memory_allocated(self.ranks.device) / 1e9 if cuda else None,
@@ -108,6 +115,40 @@ class Metrics:
                 self.logger(line)
         self.clear()
         return line
+
+    def complain(self, step: int, row: list, norm: float, culprits) -> None:
+        """Names a step that was not applied, or raises UserError when it was one too many. All processes are here."""
+        scales = self.cfg.num_scales
+        bins = [row[2 * scales + 1 + i * BINS :][:BINS] for i in range(scales)]
+        bands = [f"the loss of band {i} is {row[2 * i]} at t in " + ", ".join(
+            f"[{n / BINS:g}, {(n + 1) / BINS:g})" for n in range(BINS) if bins[i][n])
+            for i in range(scales) if not math.isfinite(row[2 * i])]
+        text = f"{', '.join(bands) or f'the norm of the gradient is {norm}'} at step {step}"
+        if self.in_a_row == 1 or self.in_a_row == PATIENCE:                         # the first of them, and the last
+            found = sum(self.ranks.gather(culprits(step)), [])
+            if found:
+                text += f" (image {', '.join(found[:8])}{' and others' if len(found) > 8 else ''} of the data)"
+        if self.in_a_row < PATIENCE:
+            print(f"warning: {text}: the step was not applied", file=sys.stderr) if self.ranks.first else None
+            return
+        last = next(iter(checkpoint.steps(self.out)), None)
+        kept = f"the last good checkpoint is {last}" if last else "no checkpoint was written yet"
+        raise UserError(f"{text}: {PATIENCE} steps in a row were not finite and not applied; training stopped, {kept}; "
+                        "a lower --lr or a --clip may help")
+
+
+def culprits(dataset, cfg: Config, step: int, rows: list[slice], losses) -> list[str]:
+    """Numbers of this process's images that make the loss of a step not finite: each again, alone, with the weights as
+    they are now. Empty when none does so by itself."""
+    index = data.order(len(dataset), cfg.seed, (step - 1) * cfg.batch, cfg.batch)
+    found = []
+    for row in range(rows[0].start, rows[-1].stop):
+        one = slice(row, row + 1)
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):             # compiled: for whole batches
+            total, _ = losses(step - 1, one, *data.read_step(dataset, cfg, step - 1, [one])[0])
+        if not torch.isfinite(total):
+            found.append(str(index[row]))
+    return found
 
 
 def ratio(total: float, count: float) -> float | None:

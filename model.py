@@ -30,12 +30,14 @@ def parse_size(size: str | tuple) -> tuple[int, int, int, int]:
             name, patch = size.split("/")
             size = (*SIZES[name], patch)
         hidden_size, depth, num_heads, patch = (int(n) for n in (size.split(",") if isinstance(size, str) else size))
-        if min(hidden_size, depth, num_heads, patch) < 1 or hidden_size % (4 * num_heads):
+        if min(hidden_size, depth, num_heads, patch) < 1 or hidden_size % (4 * num_heads) or (
+                max(hidden_size, patch) > 2**14 or depth > 512):
             raise ValueError
     except (KeyError, ValueError):
         raise UserError(
             f"unknown model size {size!r}; use one of {', '.join(SIZES)} with a patch size, like B/2, or four numbers "
-            "hidden_size,depth,num_heads,patch_size with hidden_size divisible by 4 * num_heads, like 128,4,4,2"
+            "hidden_size,depth,num_heads,patch_size with hidden_size divisible by 4 * num_heads, depth at most 512, "
+            "like 128,4,4,2"
         ) from None
     return hidden_size, depth, num_heads, patch
 
@@ -144,7 +146,7 @@ class MoTBlock(nn.Module):
         for i, x in enumerate(xs):
             shift, scale = parts[own[i]][:2]
             qkv = self.qkv[i % len(self.qkv)](modulate(self.norm(x), shift, scale))     # (B, N_i, 3D)
-            qkv = qkv.view(*x.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (3, B, nh, N_i, hd)
+            qkv = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)      # (3, B, nh, N_i, hd)
             for column, part in zip((q, k, v), qkv, strict=True):
                 column.append(part)
         out = []
@@ -198,6 +200,9 @@ class MoTDiT(nn.Module):
                 f"a model input of {resolution} x {resolution} does not fit {num_scales} scales with patch size {p}: "
                 f"it must be divisible by {p} * 2^{num_scales - 1} = {step}; the nearest that works is {nearest}"
             )
+        if resolution // p > 1024:
+            raise UserError(f"a model input of {resolution} x {resolution} with patch size {p} has "
+                            f"{(resolution // p) ** 2:,} tokens, and this model takes a million: use larger patches")
         self.hidden_size, self.depth, self.patch_size = d, depth, p
         self.in_channels, self.resolution, self.num_scales = in_channels, resolution, num_scales
         self.num_classes, self.experts, self.mask = num_classes, experts, mask
@@ -235,19 +240,26 @@ class MoTDiT(nn.Module):
 
         y is None for an unconditional model, and means the null label for a conditional one.
         """
-        b, p = len(t), self.patch_size
-        c = self.time(t)                                                            # (B, D)
-        tokens = [c[:, None]]
-        if self.label is not None:
-            y = torch.full_like(t, self.num_classes, dtype=torch.long) if y is None else y
-            label = self.label(y)                                                   # (B, D)
-            tokens.append(label[:, None])
-            c = c + label
-        c = F.silu(c)
+        p = self.patch_size
         xs = [
             self.patch_in[i](patchify(x, p)) + getattr(self, f"positions_{i}")      # (B, N_i, D)
             for i, x in enumerate(bands)
         ]
+        xs, c = self.trunk(xs, self.time(t), y)
+        return [
+            unpatchify(self.patch_out[i](x, c), p, *band.shape[-2:])                # (B, C, H_i, W_i)
+            for i, (x, band) in enumerate(zip(xs, bands, strict=True))
+        ]
+
+    def trunk(self, xs: list, time: torch.Tensor, y: torch.Tensor | None) -> tuple[list, torch.Tensor]:
+        """Condition tokens and all blocks. xs: for each band (B, N_i, D); time (B, D). Returns xs, and c (B, D)."""
+        b, c, tokens = len(time), time, [time[:, None]]
+        if self.label is not None:
+            y = torch.full((b,), self.num_classes, device=c.device) if y is None else y
+            label = self.label(y)                                                   # (B, D)
+            tokens.append(label[:, None])
+            c = c + label
+        c = F.silu(c)
         if self.num_cond:
             xs[0] = torch.cat([*(token.expand(b, -1, -1) for token in tokens), xs[0]], dim=1)   # (B, num_cond + N_0, D)
         for block in self.blocks:
@@ -256,10 +268,11 @@ class MoTDiT(nn.Module):
             else:
                 xs = block(xs, c, self.num_cond)
         xs[0] = xs[0][:, self.num_cond :]
-        return [
-            unpatchify(self.patch_out[i](x, c), p, *band.shape[-2:])                # (B, C, H_i, W_i)
-            for i, (x, band) in enumerate(zip(xs, bands, strict=True))
-        ]
+        return xs, c
+
+    def tokens(self, stage: int) -> int:
+        """Image tokens of one pass of a stage."""
+        return sum(self.num_tokens[: stage + 1])
 
     def count_parameters(self) -> int:
         """Closed form. A test compares it with the tensors."""
@@ -267,7 +280,7 @@ class MoTDiT(nn.Module):
         full, qkv = (k if self.experts == "full" else 1), (k if self.experts != "none" else 1)
         block = qkv * (3 * d * d + 3 * d) + full * (15 * d * d + 12 * d)            # 15 = modulation 6, proj 1, mlp 8
         embed = (256 * d + d) + (d * d + d) + ((self.num_classes + 1) * d if self.num_classes else 0)
-        bands = k * ((patch * d + d) + (2 * d * d + 2 * d) + (d * patch + patch))
+        bands = len(self.patch_in) * ((patch * d + d) + (2 * d * d + 2 * d) + (d * patch + patch))
         return self.depth * block + embed + bands
 
     def attention_pairs(self, stage: int) -> int:
@@ -284,11 +297,12 @@ class MoTDiT(nn.Module):
 
         Counts matrix products only, as torch's FlopCounterMode does; that is what a test compares it with.
         """
-        d, k, patch = self.hidden_size, stage + 1, self.in_channels * self.patch_size**2
-        tokens, full = sum(self.num_tokens[:k]), k if self.experts == "full" else 1
-        block = (tokens + self.num_cond) * 12 * d * d + 2 * self.attention_pairs(stage) * d + full * 6 * d * d
-        bands = tokens * 2 * patch * d + k * 2 * d * d                              # patches in and out
-        return 2 * (self.depth * block + bands + (256 * d + d * d))
+        return self.count_flops(self.tokens(stage), self.attention_pairs(stage), stage + 1)
+
+    def count_flops(self, tokens: int, pairs: int, bands: int) -> int:
+        d, patch, full = self.hidden_size, self.in_channels * self.patch_size**2, bands if self.experts == "full" else 1
+        block = (tokens + self.num_cond) * 12 * d * d + 2 * pairs * d + full * 6 * d * d
+        return 2 * (self.depth * block + tokens * 2 * patch * d + bands * 2 * d * d + (256 * d + d * d))
 
     def mean_flops(self) -> float:
         """FLOPs of one forward pass of one image, averaged over the stages of training (drawn uniformly)."""

@@ -23,7 +23,9 @@ def draw_images(path: Path, rows: list, labels: list, columns: list | None = Non
     side = max(cell.shape[0] for row in rows for cell in row if not isinstance(cell, str))
     pitch, width = side * 1.15, max(len(row) for row in rows)
     gap = pitch * (1.3 if any(labels) else 1.0)
-    figure = plt.figure(figsize=(0.95 * width + 0.6, 0.95 * len(rows) * gap / pitch + 0.4))
+    letters = max((len(line) for name in names or [] for line in name.split("\n")), default=0)
+    left = side * (0.1 + 0.085 * letters)                   # room for the names
+    figure = plt.figure(figsize=(0.95 * (width + left / pitch), 0.95 * len(rows) * gap / pitch + 0.4))
     axis = figure.add_axes((0, 0, 1, 1))
     for r, row in enumerate(rows):
         top = r * gap
@@ -40,7 +42,6 @@ def draw_images(path: Path, rows: list, labels: list, columns: list | None = Non
             axis.text(-0.08 * side, top + side / 2, names[r], ha="right", va="center", fontsize=9)
     for c, title in enumerate(columns or []):
         axis.text(c * pitch + side / 2, -0.1 * side, title, ha="center", va="bottom", fontsize=9)
-    left = 0.9 * side if names else 0.1 * side
     axis.set(xlim=(-left, width * pitch), ylim=((len(rows) - 1) * gap + 1.1 * side, -0.4 * side))
     axis.set_aspect("equal")
     axis.set_axis_off()

@@ -15,8 +15,8 @@ import torch
 
 import data
 import sources
-from config import CELEBAHQ, IMAGENET, PRESETS, Config, find_row, show
-from runs import build_model
+from config import CELEBAHQ, IMAGENET, PRESETS, Config, UserError, find_row, show
+from runs import build_model, peak_memory
 
 VAE_PARAMETERS = 83_653_863                                 # the autoencoder of Stable Diffusion; EQ-VAE is the same
 LATENT = {"channels": 4, "factor": 8}                       # of both
@@ -43,7 +43,7 @@ def activation_bytes(model, stage: int, precision: str) -> int:
     modulated results, Q, K, V (K and V twice: the bands' are joined), the attention and its projection, and the
     feed-forward network's 4 D before and after the activation and its output.
     """
-    d, tokens = model.hidden_size, sum(model.num_tokens[: stage + 1]) + model.num_cond
+    d, tokens = model.hidden_size, model.tokens(stage) + model.num_cond
     block = 4 * 4 * d + 19 * d * (2 if precision == "bfloat16" else 4)
     if model.recompute:
         return tokens * (4 * d * model.depth + block)
@@ -66,6 +66,18 @@ def fit_micro_batch(model, cfg: Config, share: int, free: int, world: int = 1) -
     return 1
 
 
+def too_large(model, cfg: Config, micro_batch: int, ranks) -> UserError:
+    """What to say when a micro-batch did not fit into the memory."""
+    need, used = memory_bytes(model, cfg, micro_batch, ranks.world) / 1e9, peak_memory(ranks.device)
+    least = cfg.num_scales if cfg.stages == "stratified" else 1
+    if micro_batch // 2 < least:
+        way = "fewer cannot be: take --recompute, a smaller --size, or a device with more memory"
+    else:
+        way = f"go on with --micro-batch {micro_batch // 2}: the same batch, in more parts; or with --recompute"
+    return UserError(f"out of memory on {ranks.device} with {micro_batch} images at a time ({used:.1f} GB were in use, "
+                     f"the estimate was {need:.1f} GB): {way}")
+
+
 def meta_model(cfg: Config, channels: int, num_classes: int, side: int):
     with torch.device("meta"):
         return build_model(cfg, channels, num_classes, side)
@@ -84,12 +96,15 @@ def describe(cfg: Config, facts: dict | None = None, world: int = 1) -> str:
     if facts:
         channels, classes, side, count = facts["channels"], len(facts["classes"]), facts["side"], facts["count"]
     model = meta_model(cfg, channels, classes, side)
-    other = dataclasses.replace(cfg, experts="qkv" if cfg.experts == "full" else "full")
+    other = {"full": "qkv"}.get(cfg.experts, "full")
     row = find_row(cfg)
     paper = PRESETS[row].paper if row else {}
     vae = VAE_PARAMETERS if cfg.space == "latent" else 0
-    millions, of_other = (m.count_parameters() / 1e6 for m in (model, meta_model(other, channels, classes, side)))
-    tokens = [sum(model.num_tokens[: s + 1]) for s in range(model.num_scales)]
+    millions, of_other = model.count_parameters() / 1e6, ""
+    if cfg.method == "lapflow":
+        counted = meta_model(dataclasses.replace(cfg, experts=other), channels, classes, side).count_parameters() + vae
+        of_other = f"; {counted / 1e6:.1f} M with --experts {other}"
+    tokens = [model.tokens(s) for s in range(model.num_scales)]
     gflops = [model.flops(s) / 1e9 for s in range(model.num_scales)]
     images = cfg.batch * cfg.steps
     total = 3 * model.mean_flops() * images                 # backward is two forwards
@@ -104,7 +119,7 @@ def describe(cfg: Config, facts: dict | None = None, world: int = 1) -> str:
         f"row        {row or 'none of the paper'}" + (f"; the paper reports {said(paper)}" if paper else ""),
         f"input      {channels} x {side} x {side}, {model.num_scales} bands, {classes} classes",
         f"parameters {millions:.1f} M" + (f", {millions + vae / 1e6:.1f} M with the VAE" if vae else "")
-        + f"; {of_other + vae / 1e6:.1f} M with --experts {other.experts}"
+        + of_other
         + reported("parameters", "{} M with the VAE"),
         f"tokens     {', '.join(map(str, tokens))} by stage, from patches of {model.patch_size}",
         f"GFLOPs     {', '.join(f'{g:.4g}' for g in gflops)} by stage, for one forward pass of one image; "
@@ -147,7 +162,7 @@ def table() -> str:
         cfg = Config(**preset.settings)
         model, paper = meta_model(cfg, *shapes(cfg)[:3]), preset.paper
         vae = VAE_PARAMETERS if cfg.space == "latent" else 0
-        tokens = ", ".join(str(sum(model.num_tokens[: s + 1])) for s in range(model.num_scales))
+        tokens = ", ".join(str(model.tokens(s)) for s in range(model.num_scales))
         cells = [f"`{name}`", f"{(model.count_parameters() + vae) / 1e6:.0f} ({paper.get('parameters', '')})"
                  .replace(" ()", ""), tokens, f"{model.mean_flops() / 1e9:.1f}", f"{cfg.steps:,} x {cfg.batch}",
                  *(str(paper.get(key, "")) for key in ("fid", "nfe", "seconds", "days")), "not measured"]

@@ -23,7 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 from config import UserError
 
 # A process that hangs ends the others after this long. One that dies ends them at once: torchrun stops them.
-TIMEOUT = timedelta(minutes=30)
+TIMEOUT = timedelta(minutes=float(os.environ.get("LAPFLOW_TIMEOUT_MINUTES", 30)))
 
 
 def best_device(name: str | None = None) -> torch.device:

@@ -4,9 +4,11 @@
     EXPORT/model.safetensors        one set of weights (the averaged ones unless --raw), no code in it
     EXPORT/config.json              the configuration, the classes, the latents, the step
 
+An export comes from anybody: it holds plain data, and no path in it is followed, neither to images nor to a VAE.
 `python sample.py X` takes either, or an export on the Hugging Face hub: OWNER/NAME or OWNER/NAME@REVISION.
 """
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -19,20 +21,27 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import baselines
 import checkpoint
 import data
 import latents
 import sources
-from config import Config, UserError
-from model import MoTDiT
+from config import Config, UserError, cache_folder, first_line
+from model import MoTBlock, MoTDiT
 from ranks import best_device
 
 
 def build_model(cfg: Config, channels: int, num_classes: int, side: int | None = None) -> MoTDiT:
     """The network of a configuration, freshly initialised; side: of what it sees, pixels (cfg.res) or latents."""
-    model = MoTDiT(cfg.size, channels, side or cfg.res, cfg.num_scales, num_classes, cfg.experts, cfg.mask,
-                   cfg.condition_tokens)
-    model.recompute = cfg.recompute
+    side = side or cfg.res
+    if cfg.method == "lapflow":
+        model = MoTDiT(cfg.size, channels, side, cfg.num_scales, num_classes, cfg.experts, cfg.mask,
+                       cfg.condition_tokens)
+    else:
+        model = baselines.load(cfg.method).network(cfg, channels, num_classes, side)
+    for module in model.modules():
+        if isinstance(module, MoTDiT):
+            module.recompute = cfg.recompute
     return model
 
 
@@ -91,13 +100,12 @@ def load_run(name: str | None = None, raw: bool = False, device: str | None = No
     vae: where its autoencoder is now. Raises UserError when there is no such run.
     """
     folder = Path(name) if name else checkpoint.newest_run()
-    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(name)) and name.count("/") == 1 \
-            and not folder.parent.is_dir():
+    if not folder.exists() and HUB.fullmatch(str(name)) and name.count("/") == 1 and not folder.parent.is_dir():
         folder = sources.download(name, ["config.json", "model.safetensors"])
     if not folder.is_dir():
         raise UserError(f"there is no run directory {str(folder)!r}; train one with python train.py")
     if (folder / "model.safetensors").exists():
-        state, weights = read_export(folder)
+        state, weights = read_export(folder, vae)
         if raw and weights != "raw":
             raise UserError(f"the export {folder} holds the averaged weights only: leave out --raw")
     else:
@@ -106,19 +114,39 @@ def load_run(name: str | None = None, raw: bool = False, device: str | None = No
             raise UserError(f"{str(folder)!r} holds no checkpoint; train with python train.py --out {folder}")
         weights = "raw" if raw or state["ema"] is None else "ema"
     cfg, facts = Config.from_dict({**state["config"], **({"vae": vae} if vae else {})}), state["data"]
-    model = build_model(cfg, facts["channels"], len(facts["classes"]), facts.get("side"))
-    load_weights(model, state["ema" if weights == "ema" else "model"], folder)
+    if cfg.space == "latent" and not cfg.latents:           # an export does not say
+        cfg = dataclasses.replace(cfg, latents=cache_folder(cfg.dataset, cfg.res, cfg.vae, "train"))
+    wrong = data.what_is_wrong({"side": cfg.res, **facts}, facts.get("latent"))
+    if facts.get("latent") is None and facts.get("side", cfg.res) != cfg.res:
+        wrong.append("side")
+    if wrong:
+        raise UserError(f"{folder} is no run of train.py: the {', '.join(wrong)} of its data cannot be")
+    like, tensors = (cfg, facts["channels"], len(facts["classes"]), facts.get("side")), state[WEIGHTS[weights]]
+    with torch.device("meta"):                              # numbers in a file cannot ask for memory: its weights can
+        check_weights(build_model(*like), tensors, folder)
+    model = build_model(*like)
+    load_weights(model, tensors, folder)
     model.eval().requires_grad_(False).to(best_device(device))
     return Run(cfg, model, facts, folder, state["step"], weights)
 
 
 def load_weights(model: torch.nn.Module, weights: dict, where) -> None:
     """Raises UserError, naming the first that is wrong, when the weights do not fit."""
+    check_weights(model, weights, where)
     try:
         model.load_state_dict(weights)
-    except RuntimeError as problem:
-        raise UserError(f"the weights in {where} do not fit the configuration: "
-                        f"{str(problem).splitlines()[-1].strip()}") from None
+    except RuntimeError as problem:                         # a kind of tensor that cannot be copied
+        raise UserError(f"the weights in {where} cannot be used: {first_line(problem)}") from None
+
+
+def check_weights(model: torch.nn.Module, weights: dict, where) -> None:
+    own = model.state_dict()
+    for name in [*own, *weights]:
+        if name not in own or not isinstance(weights.get(name), torch.Tensor) or own[name].shape != weights[name].shape:
+            shapes = (f"{tuple(x.shape)}" if isinstance(x, torch.Tensor) else "nothing"
+                      for x in (weights.get(name), own.get(name)))
+            raise UserError(f"the weights in {where} do not fit the configuration: {name!r} has the shape "
+                            f"{next(shapes)} there, and {next(shapes)} in the model")
 
 
 def fine_tune(model: MoTDiT, name: str, classes: list[str], latent: dict | None) -> list[str]:
@@ -131,7 +159,7 @@ def fine_tune(model: MoTDiT, name: str, classes: list[str], latent: dict | None)
         state = checkpoint.read(Path(name))
         weights, facts = state["ema"] or state["model"], state["data"]
     else:
-        run = load_run(name, device="cpu")
+        run = load_run(name, device="cpu", vae=(latent or {}).get("name"))      # nothing is decoded with it
         weights, facts, state = run.model.state_dict(), run.facts, {"step": run.step}
     weights, said = dict(weights), [f"starting from the weights of {name} at step {state['step']}"]
     if facts["classes"] != classes and model.label is not None:
@@ -172,6 +200,9 @@ def solver_settings(cfg: Config, args=None) -> dict:
     interval = given.get("cfg_interval", (0.0, 1.0))
     if len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1:
         raise UserError(f"--cfg-interval takes two increasing times in [0, 1], like 0.1,0.8; not {interval}")
+    if cfg.method == "dfm" and interval != (0.0, 1.0):
+        raise UserError("DFM has a time for each band, so an interval of guidance means nothing: leave out "
+                        "--cfg-interval")
     settings = {"solver": solver, "norm": given.get("norm", "batch"), "cfg_scale": given.get("cfg", cfg.cfg_scale),
                 "interval": interval, "precision": given.get("precision", "float32")}
     if solver == "dopri5":
@@ -210,8 +241,9 @@ def full_float32() -> None:
 def compile_blocks(model: torch.nn.Module) -> None:
     """Compiles the transformer blocks in place: one graph for each stage, shared by all; names of weights stay."""
     torch._dynamo.config.recompile_limit = 64
-    for block in model.blocks:
-        block.compile(dynamic=False, fullgraph=True)
+    for block in model.modules():
+        if isinstance(block, MoTBlock):
+            block.compile(dynamic=False, fullgraph=True)
 
 
 def peak_memory(device: torch.device) -> float:
@@ -229,6 +261,10 @@ def peak_memory(device: torch.device) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 # exports
 
+WEIGHTS = {"ema": "ema", "raw": "model"}                    # which entry of a checkpoint holds them
+HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@\w[\w./-]*)?")     # OWNER/NAME or OWNER/NAME@REVISION, never a path
+PLACES = {"data": "", "latents": "", "init": "", "out": ""}             # on the disk of whoever trained
+
 
 def export(run: Run, folder: Path) -> None:
     """Writes model.safetensors and config.json. Raises UserError when the directory cannot be written."""
@@ -238,24 +274,31 @@ def export(run: Run, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in run.model.state_dict().items()},
                   folder / "model.safetensors", metadata={"format": "pt"})
-        facts = {"lapflow": 1, "step": run.step, "weights": run.weights, "config": run.cfg.to_dict(), "data": run.facts}
+        facts = {"lapflow": 1, "step": run.step, "weights": run.weights, "config": {**run.cfg.to_dict(), **PLACES},
+                 "data": run.facts}
         (folder / "config.json").write_text(json.dumps(facts, indent=2) + "\n")
     except OSError as problem:
         raise UserError(f"the export cannot be written to {folder}: {problem}") from None
 
 
-def read_export(folder: Path) -> tuple[dict, str]:
-    """An export as the state of a checkpoint, and which weights it holds. Raises UserError when it is damaged."""
+def read_export(folder: Path, vae: str | None = None) -> tuple[dict, str]:
+    """An export as the state of a checkpoint, and which weights it holds. Raises UserError when it is damaged, and when
+    its autoencoder is a folder that the user has not named (vae)."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        facts = json.loads((folder / "config.json").read_text())
-        weights = {"ema": "ema", "raw": "model"}[facts["weights"]]
-        state = {"step": int(facts["step"]), "config": dict(facts["config"]), "data": dict(facts["data"]),
-                 weights: load_file(folder / "model.safetensors")}
-        if facts["lapflow"] != 1 or not {"channels", "classes"} <= set(state["data"]):
-            raise ValueError("it is of another version")
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as problem:
-        raise UserError(f"{folder} is no export of sample.py --export: {problem}") from None
+        facts = checkpoint.read_json(folder / "config.json", "configuration of an export") or {}
+        kinds = {"lapflow": int, "step": int, "weights": str, "config": dict, "data": dict}
+        if any(not isinstance(facts.get(name), kind) for name, kind in kinds.items()) or facts["lapflow"] != 1 or (
+                facts["weights"] not in WEIGHTS):
+            raise ValueError("its config.json is of another version, or of another program")
+        state = {"step": facts["step"], "config": {**facts["config"], **PLACES}, "data": facts["data"],
+                 WEIGHTS[facts["weights"]]: load_file(folder / "model.safetensors")}
+    except (OSError, ValueError, SafetensorError) as problem:
+        raise UserError(f"{folder} is no export of sample.py --export: {first_line(problem)}") from None
+    named = facts["config"].get("vae")
+    if named and not vae and (not HUB.fullmatch(str(named)) or Path(named.split("@")[0]).exists()):
+        raise UserError(f"the export {folder} asks for an autoencoder in the folder {named!r}, but no file chooses "
+                        "folders of this machine: name it yourself with --vae")
     return state, facts["weights"]

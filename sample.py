@@ -15,6 +15,7 @@ steps for a whole batch at once, so there an image also depends, within the tole
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import config
@@ -41,15 +42,14 @@ import torch
 from torchdiffeq import odeint
 from tqdm import tqdm
 
+import baselines
 import data
 import gallery
-import pictures
 import runs
 from config import UserError
-from pyramid import reconstruct
 from ranks import Ranks
 from runs import Run, load_run
-from schedule import Schedule, noise_bands
+from schedule import Schedule, loss, noise_bands
 
 FIXED = {"euler": "euler", "midpoint": "midpoint", "heun": "heun2", "rk2": "heun2", "rk4": "rk4"}  # torchdiffeq's names
 
@@ -91,6 +91,7 @@ def solve(velocity, noise, schedule, solver="dopri5", rtol=1e-5, atol=1e-5, step
     velocity(bands, t) -> velocities of those bands; t is a scalar tensor, and the bands are 0..j in segment j
     noise       K bands (B, C, H_i, W_i) at unit scale; band j enters at T_j as sigma(T_j) noise_j, its exact law there.
                 The first few bands only: the same segments with those, a preview (causal.py)
+    schedule    segments, and enter(j, bands, noise_j), the state as segment j begins: a Schedule, or a baseline's
     solver      dopri5, or with `steps` (shared out over the segments): euler, midpoint, heun (= rk2), rk4
     norm        what dopri5 holds below the tolerance: "batch", the root mean square over all images as torchdiffeq and
                 so the paper's code base do (the default: NFE stay comparable), or "sample", that of the worst image:
@@ -105,8 +106,7 @@ def solve(velocity, noise, schedule, solver="dopri5", rtol=1e-5, atol=1e-5, step
     time_dtype = torch.float32 if device.type == "mps" else torch.float64
     for j, (start, end) in enumerate(schedule.segments):
         if j < len(noise):
-            x0 = noise[j].to(torch.promote_types(noise[j].dtype, torch.float32))
-            bands.append(schedule.coefficients(j, start)[1].to(x0) * x0)
+            bands = schedule.enter(j, bands, noise[j].to(torch.promote_types(noise[j].dtype, torch.float32)))
         shapes = [band.shape[1:] for band in bands]
 
         def field(t, state, j=j, end=end, shapes=shapes):
@@ -148,7 +148,7 @@ class Guided:
     """A model whose velocity is v_null + w (v_cond - v_null), on all channels and all bands, in one doubled batch.
 
     Nothing is doubled when w is 1, without labels, or at times outside the interval (Kynkaanniemi et al. 2024).
-    `calls` counts the calls by number of active bands, `passes` those of the network for an image: a doubled one is 2.
+    `calls` counts the calls by side of the finest band, `passes` those of the network for an image: a doubled one is 2.
     """
 
     def __init__(self, model, cfg_scale: float = 1.0, interval=(0.0, 1.0), precision: str = "float32"):
@@ -161,9 +161,9 @@ class Guided:
 
     @torch.no_grad()
     def __call__(self, bands, t, y):
-        self.calls[len(bands)] += 1
+        self.calls[bands[-1].shape[-1]] += 1
         with torch.autocast(t.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-            if y is None or self.cfg_scale == 1 or not self.interval[0] <= t[0] <= self.interval[1]:
+            if y is None or self.cfg_scale == 1 or not self.interval[0] <= t.flatten()[0] <= self.interval[1]:
                 self.passes += 1
                 return [v.float() for v in self.model(bands, t, y)]
             self.passes += 2
@@ -171,6 +171,16 @@ class Guided:
             both = self.model([torch.cat([band, band]) for band in bands], torch.cat([t, t]), torch.cat([y, null]))
         halves = [v.float().chunk(2) for v in both]
         return [v_null + self.cfg_scale * (v_cond - v_null) for v_cond, v_null in halves]
+
+
+def method(cfg):
+    """The system of a configuration: its schedule, and its loss(model, x1, y, schedule, rng) and
+    sample(model, n, y, schedule, shape, **solver): LapFlow's, or those of a file in baselines/."""
+    if cfg.method == "lapflow":
+        return (Schedule(cfg.starts, cfg.path), partial(loss, noise=cfg.noise, stages=cfg.stages,
+                full_range=cfg.full_range), partial(sample, noise=cfg.noise))
+    other = baselines.load(cfg.method)
+    return other.schedule(cfg), partial(other.loss, stages=cfg.stages), partial(other.sample, solve=solve)
 
 
 def sample(model, n, y, schedule, shape, noise="pyramid", solve=solve, **solver) -> torch.Tensor:
@@ -183,7 +193,7 @@ def sample(model, n, y, schedule, shape, noise="pyramid", solve=solve, **solver)
         return model(bands, t.expand(len(bands[0])), y)
 
     bands, _ = solve(velocity, noise_bands(n, shape, schedule.num_scales, noise), schedule, **solver)
-    return reconstruct(bands)
+    return schedule.image(bands)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -195,15 +205,15 @@ def batches(run: Run, chunks: list[range], labels, seed=0, cfg_scale=1.0, interv
     """Draws the images with the numbers of each chunk; yields (numbers, images uint8 (B, H, W, C), what they cost)."""
     runs.check_guidance(run.cfg, cfg_scale, run.classes)
     runs.full_float32()
-    schedule = Schedule(run.cfg.starts, run.cfg.path)
+    schedule, _, draw = method(run.cfg)
     run.ready()                                             # so that loading does not count
     for numbers in chunks:
         model, began = Guided(run.model, cfg_scale, interval, precision), time.perf_counter()
         y = None if labels is None else torch.as_tensor(labels[numbers.start : numbers.stop], device=run.device)
         n = data.ImageRandom(seed, numbers, run.device)
-        x1 = sample(model, n, y, schedule, run.shape, run.cfg.noise, jumps=model.jumps(y), **solver)
+        x1 = draw(model, n, y, schedule, run.shape, jumps=model.jumps(y), **solver)
         images = run.decode(x1)
-        nfe = [model.calls[j + 1] for j in range(schedule.num_scales)]
+        nfe = [model.calls[run.shape[1] >> k] for k in reversed(range(schedule.num_scales))]
         yield numbers, images, {"first": numbers.start, "count": len(numbers), "nfe": nfe, "forwards": model.passes,
                                 "seconds": time.perf_counter() - began}
 
@@ -222,39 +232,6 @@ def generate(run: Run, num: int, labels: np.ndarray | None, seed=0, batch=250, p
             notes.append(note)
             bar.update(len(numbers))
     return np.concatenate(images), gallery.report_of(run, notes, seed, batch, settings)
-
-
-def draw_trajectory(path: Path, run: Run, labels: np.ndarray | None, seed: int = 0, count: int = 3) -> None:
-    """Each band and their sum at several times, from noise to image, for a few images (Euler, 80 steps)."""
-    schedule, states = Schedule(run.cfg.starts, run.cfg.path), []
-    y = None if labels is None else torch.as_tensor(labels[:count], device=run.device)
-    model = Guided(run.model, run.cfg.cfg_scale)
-
-    def velocity(bands, t):
-        states.append((t.item(), bands))                                        # Euler calls once for each step
-        return model(bands, t.expand(count), y)
-
-    n = data.ImageRandom(seed, range(count), run.device)
-    noise = noise_bands(n, run.shape, schedule.num_scales, run.cfg.noise)
-    bands, _ = solve(velocity, noise, schedule, "euler", steps=80)
-    states.append((1.0, bands))
-
-    contrast = 1 if run.facts.get("latent") is None else 0.4                    # latents: three channels, as they are
-
-    def pixels(x):
-        return data.to_uint8(contrast * x[:3]).permute(1, 2, 0).cpu().numpy()
-
-    shown = [min(states, key=lambda state: abs(state[0] - t)) for t in np.linspace(0, 1, 9)]
-    rows, names = [], []
-    for image in range(count):
-        for i, start in enumerate(schedule.starts):
-            gain = 1 if i == 0 else 2                                           # fine bands: residuals around mid-grey
-            rows.append([pixels(gain * bands[i][image]) if i < len(bands) else f"from\nt = {start:.2g}"
-                         for _, bands in shown])
-            names.append(f"band {i}")
-        rows.append([run.decode(reconstruct(bands)[image : image + 1])[0] for _, bands in shown])
-        names.append("sum")
-    pictures.draw_images(path, rows, [], [f"t = {t:.2f}" for t, _ in shown], names)
 
 
 def main(args) -> None:

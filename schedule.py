@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 
 from config import NOISES, STAGES, UserError
-from pyramid import decompose
+from pyramid import decompose, reconstruct
 
 PATHS = ("linear", "quadratic", "cubic", "gvp")
 
@@ -36,6 +36,7 @@ class Schedule:
 
     starts: tuple[float, ...] = (0.0, 0.5)
     path: str = "linear"
+    image = staticmethod(reconstruct)                       # what a list of bands shows
 
     def __post_init__(self):
         starts = tuple(self.starts)
@@ -68,6 +69,10 @@ class Schedule:
         p = {"linear": 1, "quadratic": 2, "cubic": 3}[self.path]
         return tau, (1 - t) ** p, torch.full_like(t, rate), -p * (1 - t) ** (p - 1)
 
+    def enter(self, j: int, bands: list, x0: torch.Tensor) -> list:
+        """The state as segment j begins: band j joins the others as sigma(T_j) x_0, its exact law at T_j."""
+        return [*bands, self.coefficients(j, self.starts[j])[1].to(x0) * x0]
+
     def interpolate(self, x1: list, x0: list, t: torch.Tensor) -> tuple[list, list]:
         """State xt and target velocity v of bands 0..len(x1)-1 (any prefix) at the times t (B,), one per example."""
         xt, v = [], []
@@ -92,30 +97,37 @@ def noise_bands(n, shape: tuple[int, int, int], num_scales: int, kind: str = "py
     return [n.randn(c, h >> k, w >> k) for k in reversed(range(num_scales))]
 
 
+def stage_groups(rng, stages: str, num_scales: int) -> list:
+    """Which rows train which stage: [(stage, rows of this process, how many rows of the whole batch that stands for)].
+
+    stages="batch" draws one stage for the whole batch, as the paper does. # not in paper: "stratified" gives every
+    stage its share of each batch, row g of the whole batch stage g mod K: the same cost, less variance.
+    """
+    if stages not in STAGES:
+        raise UserError(f"unknown stages {stages!r}; choose one of {', '.join(STAGES)}")
+    if stages == "batch":
+        return [(rng.randint(num_scales), slice(None), rng.batch)]
+    return [(s, slice((s - rng.rows.start) % num_scales, None, num_scales),
+             num_scales * len(range(s, rng.batch, num_scales))) for s in range(num_scales)]
+
+
 def loss(model, x1, y, schedule: Schedule, rng, noise="pyramid", stages="batch", full_range=True):
     """Algorithm 1: the LapFlow training loss of images x1 (B, C, H, W) with labels y (B,), or None.
 
     rng is a `data.BatchRandom`; x1 may be a part of its batch, and the loss is that part's share: shares add up to the
-    loss of the whole batch. stages="batch" draws one stage for the whole batch, as the paper does.
-    # not in paper: stages="stratified" gives every stage its share of each batch: the same cost, less variance.
+    loss of the whole batch. stages: see `stage_groups`.
     # not in paper: full_range=False draws t from the segment [T_s, T_(s+1)] in place of [T_s, 1].
 
     Returns the scalar loss, summed over bands, and for each band a pair (t, squared error), one number per example.
     """
-    if stages not in STAGES:
-        raise UserError(f"unknown stages {stages!r}; choose one of {', '.join(STAGES)}")
     num_scales = schedule.num_scales
     x0 = noise_bands(rng, x1.shape[1:], num_scales, noise)
     x1 = decompose(x1, num_scales)
     u = rng.rand()                                          # (B,)
-    if stages == "batch":
-        groups = [(rng.randint(num_scales), slice(None), rng.batch)]
-    else:                                                   # row g of the whole batch trains stage g mod K
-        groups = [(s, slice((s - rng.rows.start) % num_scales, None, num_scales),
-                   num_scales * len(range(s, rng.batch, num_scales))) for s in range(num_scales)]
-
     total, errors = 0.0, [[] for _ in range(num_scales)]
-    for s, rows, share in groups:
+    for s, rows, share in stage_groups(rng, stages, num_scales):
+        if not len(u[rows]):
+            continue
         start, end = schedule.segments[s]
         t = start + ((1.0 if full_range else end) - start) * u[rows]            # (B_s,)
         active = range(s + 1)

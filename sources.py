@@ -18,17 +18,17 @@ import math
 import os
 import re
 import zipfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from config import UserError
+from config import UserError, first_line
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-PROBLEMS = (OSError, KeyError, ValueError, IndexError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error)
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")     # PIL knows many more: it hands PostScript to Ghostscript
+LARGEST = 2**30                                             # bytes of an image in an archive, unpacked
 SPLITS = {"train", "training", "val", "valid", "validation", "test"}
 
 WHERE = {  # said when nothing is found; what is known was last looked up in November 2026
@@ -61,27 +61,30 @@ class Source:
         """Width and height of image i, without decoding it. Raises UserError when it cannot be read."""
         from PIL import Image
 
+        opened = self.opened(i)
+        if isinstance(opened, np.ndarray):
+            return opened.shape[1], opened.shape[0]
         try:
-            opened = self.open(i)
-            if isinstance(opened, np.ndarray):
-                return opened.shape[1], opened.shape[0]
-            with Image.open(opened) as image:
+            with Image.open(opened, formats=FORMATS) as image:
                 return image.size
-        except PROBLEMS as problem:
-            raise UserError(f"cannot read {self.names[i]!r} of {self.where}: {problem}") from None
+        except Exception as problem:                        # as in read_image
+            raise UserError(f"cannot read {self.names[i]!r} of {self.where}: {first_line(problem)}") from None
 
     def image(self, i: int, resolution: int) -> np.ndarray:
         """Image i as uint8 (3, R, R). Raises UserError naming the file when it cannot be read."""
+        return read_image(self.opened(i), resolution, self.names[i])
+
+    def opened(self, i: int):
+        """What read_image takes. Raises UserError naming the image when the archive does not give it out."""
         try:
-            opened = self.open(i)
-        except PROBLEMS as problem:
-            raise UserError(f"cannot read {self.names[i]!r} of {self.where}: {problem}") from None
-        return read_image(opened, resolution, self.names[i])
+            return self.open(i)
+        except Exception as problem:                        # zip, LMDB, parquet and records: each raises its own kinds
+            raise UserError(f"cannot read {self.names[i]!r} of {self.where}: {first_line(problem)}") from None
 
 
 def natural(name: str) -> list:
     """Sort key in which "9" comes before "10"."""
-    return [(0, int(part), "") if part.isascii() and part.isdecimal() else (1, 0, part)
+    return [(0, len(part.lstrip("0")), part.lstrip("0")) if part.isascii() and part.isdecimal() else (1, 0, part)
             for part in re.split(r"([0-9]+)", str(name)) if part] + [(2, 0, str(name))]
 
 
@@ -89,24 +92,30 @@ def open_source(dataset: str, where: str, split: str = "train") -> Source:
     """Lists the images of `where`. Raises UserError when nothing is found, with what to do about it."""
     if not where:
         raise UserError(f"--dataset {dataset} needs its images: add --data DIR\n{WHERE.get(dataset, '')}".rstrip())
-    path = Path(where)
-    if where.startswith("hf:") or path.suffix == ".parquet" or (path.is_dir() and any(path.glob("**/*.parquet"))):
-        source = _parquet(where, split)
-    elif path.suffix == ".zip" and path.is_file():
-        source = _zip(path, split)
-    elif (path / "data.mdb").is_file() or (path.suffix == ".mdb" and path.is_file()):
-        source = _lmdb(path)
-    elif path.is_dir() and any(path.glob("**/*.tfrecord*")):
-        source = _tfrecords(path, split)
-    elif path.is_dir():
-        source = _folder(path, split)
-    else:
-        raise UserError(f"there is no image folder {where!r}; name one with --data\n{WHERE.get(dataset, '')}".rstrip())
+    try:
+        source = _open(dataset, where, split)
+    except OSError as problem:                              # no permission, a name that is too long, a disk that fails
+        raise UserError(f"cannot read {where!r}: {first_line(problem)}") from None
     if dataset == "celebahq":                               # faces have no classes
         source.labels, source.classes = [0] * len(source), []
     if dataset == "imagenet" and len(source.classes) != 1000:
         raise UserError(f"ImageNet has 1000 classes, but {where} shows {len(source.classes)}\n{WHERE['imagenet']}")
     return source
+
+
+def _open(dataset: str, where: str, split: str) -> Source:
+    path = Path(where)
+    if where.startswith("hf:") or path.suffix == ".parquet" or (path.is_dir() and any(path.glob("**/*.parquet"))):
+        return _parquet(where, split)
+    if path.suffix == ".zip" and path.is_file():
+        return _zip(path, split)
+    if (path / "data.mdb").is_file() or (path.suffix == ".mdb" and path.is_file()):
+        return _lmdb(path)
+    if path.is_dir() and any(path.glob("**/*.tfrecord*")):
+        return _tfrecords(path, split)
+    if path.is_dir():
+        return _folder(path, split)
+    raise UserError(f"there is no image folder {where!r}; name one with --data\n{WHERE.get(dataset, '')}".rstrip())
 
 
 def arrange(where: str, names: list[str], split: str, strip: bool) -> tuple[list[str], list[int], list[str]]:
@@ -143,35 +152,49 @@ def arrange(where: str, names: list[str], split: str, strip: bool) -> tuple[list
 
 
 def fingerprint(names: list[str], sizes: list[int]) -> str:
-    return hashlib.sha256("\n".join(f"{n} {s}" for n, s in zip(names, sizes, strict=True)).encode()).hexdigest()
+    lines = "\n".join(f"{n} {s}" for n, s in zip(names, sizes, strict=True))
+    return hashlib.sha256(lines.encode(errors="surrogateescape")).hexdigest()       # a file's name need not be UTF-8
 
 
 def _folder(path: Path, split: str) -> Source:
     found, seen = [], set()
-    for directory, folders, files in os.walk(path, followlinks=True):
+
+    def stop(problem):
+        raise UserError(f"cannot list {path}: {first_line(problem)}") from None
+
+    for directory, folders, files in os.walk(path, followlinks=True, onerror=stop):
         if (real := os.path.realpath(directory)) in seen:   # links may form a loop
             folders.clear()
             continue
         seen.add(real)
         found += [os.path.relpath(os.path.join(directory, name), path).replace(os.sep, "/") for name in files]
     names, labels, classes = arrange(str(path), found, split, strip=False)
-    try:
-        sizes = [(path / name).stat().st_size for name in names]
-    except OSError as problem:
-        raise UserError(f"cannot list {path}: {problem}") from None
+
+    def size(file):
+        try:
+            return file.stat().st_size
+        except OSError:                                     # gone by now, or a broken link: reading it will say so
+            return -1
+
+    sizes = [size(path / name) for name in names]
     return Source(str(path), names, labels, classes, fingerprint(names, sizes), lambda i: path / names[i])
 
 
 def _zip(path: Path, split: str) -> Source:
     try:
         archive = zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile) as problem:
-        raise UserError(f"{path} is no zip archive that can be read: {problem}") from None
+    except Exception as problem:                            # a damaged directory raises many kinds
+        raise UserError(f"{path} is no zip archive that can be read: {first_line(problem)}") from None
     infos = {info.filename: info for info in archive.infolist() if not info.is_dir()}
     names, labels, classes = arrange(str(path), list(infos), split, strip=True)
     sizes = [infos[name].file_size for name in names]
-    return Source(str(path), names, labels, classes, fingerprint(names, sizes),
-                  lambda i: io.BytesIO(archive.read(names[i])))
+
+    def entry(i):                                           # never unpacked to a file: names may say ../
+        if sizes[i] > LARGEST:
+            raise ValueError(f"it has {sizes[i]:,} bytes unpacked, a decompression bomb")
+        return io.BytesIO(archive.read(names[i]))
+
+    return Source(str(path), names, labels, classes, fingerprint(names, sizes), entry)
 
 
 def _lmdb(path: Path) -> Source:
@@ -317,19 +340,25 @@ def read_image(file, resolution: int, name: str = "") -> np.ndarray:
     """
     from PIL import Image, ImageOps
 
-    if isinstance(file, np.ndarray):
-        return crop(Image.fromarray(file), resolution)
     try:
-        with Image.open(file) as opened:
+        if isinstance(file, np.ndarray):
+            return crop(Image.fromarray(file).convert("RGB"), resolution)
+        with Image.open(file, formats=FORMATS) as opened:
             image = ImageOps.exif_transpose(opened)
+            if image.mode == "F":
+                raise ValueError("its pixels are floating-point numbers, of which nobody knows the white")
             if image.mode.startswith("I"):                  # 16-bit grey: PIL would clip it to white
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+                grey, hidden = np.asarray(image), image.info.get("transparency")
+                image = Image.fromarray((grey.clip(0, 65535) // 257).astype(np.uint8))
+                if hidden is not None:
+                    image.putalpha(Image.fromarray(np.where(grey == hidden, 0, 255).astype(np.uint8)))
             if image.has_transparency_data:                 # transparent pixels become white
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return crop(image.convert("RGB"), resolution)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as problem:
-        raise UserError(f"cannot read the image {name or str(file)!r}: {problem}; repair or remove it") from None
+    except Exception as problem:                            # PIL's decoders raise anything for a damaged file
+        raise UserError(f"cannot read the image {name or str(file)!r}: {first_line(problem)}; repair or remove it"
+                        ) from None
 
 
 def crop(image, resolution: int) -> np.ndarray:
@@ -341,6 +370,8 @@ def crop(image, resolution: int) -> np.ndarray:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = resolution / min(image.size)
     size = tuple(max(resolution, round(side * scale)) for side in image.size)
+    if size[0] * size[1] > Image.MAX_IMAGE_PIXELS:          # a line of a million pixels would be a million times R x R
+        raise ValueError(f"it is a strip of {image.width} x {image.height} pixels, no image that fills a square")
     array = np.asarray(image.resize(size, Image.Resampling.BICUBIC))                # (H, W, 3)
     top, left = (array.shape[0] - resolution) // 2, (array.shape[1] - resolution) // 2
     return array[top : top + resolution, left : left + resolution].transpose(2, 0, 1)

@@ -13,12 +13,12 @@ import copy
 import json
 import math
 import os
-import signal
 import sys
 import time
 from pathlib import Path
 
 import config
+import stop
 
 if __name__ == "__main__":                                  # before torch is loaded: --help answers at once
     PARSER = config.parser(__doc__, "python train.py [--preset NAME | --dataset NAME] [--setting VALUE ...] [--fresh]")
@@ -29,6 +29,7 @@ if __name__ == "__main__":                                  # before torch is lo
     PARSER.add_argument("--record", metavar="FILE", help="append the scores and how they were made to a .jsonl file")
     PARSER.add_argument("--device", help="cpu, cuda, cuda:1, mps [the best there is]")
     ARGUMENTS = vars(PARSER.parse_args())
+    stop.install()
 
 import torch
 from tqdm import tqdm
@@ -41,12 +42,12 @@ import pictures
 import plan
 import runs
 import sample
+import trajectory
 from config import Config, UserError
-from metrics import Metrics
+from metrics import Metrics, culprits
 from ranks import GradientSync, Ranks
-from schedule import Schedule, loss
 
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+FUSED = ("cpu", "cuda")                                     # devices with a fused AdamW
 
 
 def learning_rate(cfg: Config, step: int) -> float:
@@ -87,6 +88,8 @@ def restore(cfg: Config, out: Path, ranks: Ranks, facts: dict, model, ema, optim
         raise UserError(f"the run in {out} was trained on other images or classes than there are now: "
                         "choose another directory with --out, or start over with --fresh")
     model.load_state_dict(state["model"])
+    for group in state["optimizer"]["param_groups"]:        # of the device it was saved on
+        group["fused"] = optimizer.defaults["fused"]
     optimizer.load_state_dict(state["optimizer"])
     if ema is not None:
         ema.load_state_dict(state["ema"])
@@ -123,7 +126,7 @@ def finish(run: runs.Run, dataset) -> dict:
     images, report = sample.generate(run, num, labels, **runs.solver_settings(run.cfg))
     pictures.draw_grid(run.folder / "samples.png", images, labels, run.classes)
     shown = runs.choose_labels("balanced", max(3, len(run.classes)), run.classes)
-    sample.draw_trajectory(run.folder / "trajectory.png", run, None if shown is None else shown[-3:])
+    trajectory.draw(run.folder / "trajectory.png", run, None if shown is None else shown[-3:])
     print(gallery.describe(report))
     try:
         scores = {**report, **fid.evaluate(dataset, images, labels, run.decode)}
@@ -140,11 +143,13 @@ def main(cfg: Config, fresh=False, device=None, record=None, stop_after: float =
 
     stop_after: seconds after which it saves and leaves. In each process that torchrun starts, or in a single one.
     """
-    began, ranks = time.perf_counter(), Ranks.start(device)
+    began, handlers, ranks = time.perf_counter(), stop.install(), Ranks.start(device)
     try:
+        stop.wait(ranks.world > 1)                          # several processes leave together, after a step
         run, dataset, resumed = train(cfg, fresh, ranks, record, began + stop_after)
     finally:
         ranks.stop()
+        stop.restore(handlers)
     if not ranks.first or run is None:
         return
     pictures.draw_loss(run.folder)
@@ -166,7 +171,7 @@ def train(cfg: Config, fresh: bool, ranks: Ranks, record: str | None, deadline: 
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("high")              # TF32 where a GPU computes in float32
     sample.check_solver(cfg.solver, cfg.solver_steps, "--solver-steps")
-    schedule = Schedule(cfg.starts, cfg.path)
+    schedule, loss, _ = sample.method(cfg)
     fid.check_record(record)
     if cfg.space == "pixel":                                # what does not fit is said before a folder is read
         plan.meta_model(cfg, 1, 0, cfg.res)
@@ -181,8 +186,9 @@ def train(cfg: Config, fresh: bool, ranks: Ranks, record: str | None, deadline: 
         raise UserError(f"stratified stages need {cfg.num_scales} images at a time in every process, not "
                         f"{rows[0].stop - rows[0].start}: fewer processes, a larger --micro-batch, or --stages batch")
     ema = copy.deepcopy(model).requires_grad_(False) if cfg.ema else None
+    fused = device.type in FUSED
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2),
-                                  weight_decay=cfg.weight_decay, fused=device.type in ("cpu", "cuda"))
+                                  weight_decay=cfg.weight_decay, fused=fused)
     out = Path(cfg.out)
     kept = cfg.keep + 1 + (cfg.steps // cfg.keep_every if cfg.keep_every else 0)
     ranks.first_does(lambda: checkpoint.prepare(out, fresh, kept * model.count_parameters() * (16 if cfg.ema else 12)))
@@ -208,8 +214,17 @@ def train(cfg: Config, fresh: bool, ranks: Ranks, record: str | None, deadline: 
                  "ema": ema.state_dict() if ema is not None else None, "optimizer": optimizer.state_dict()}
         ranks.first_does(lambda: checkpoint.save(out, state, cfg.keep, cfg.keep_every))
 
-    stopped, ending = [], False                             # a signal: end this step, save, leave
-    handlers = {s: signal.signal(s, lambda number, _: stopped.append(number)) for s in SIGNALS}
+    def losses(step, part, raw, y):
+        """Loss of some rows of a step's batch; every random number comes from (seed, step)."""
+        rng = data.BatchRandom(cfg.seed, step, cfg.batch, part, device)
+        x1 = dataset.x1(raw.to(device, non_blocking=True), rng)
+        if y is not None:                                   # one draw per example, shared by all bands
+            y = torch.where(rng.rand() < cfg.label_drop, model.num_classes, y.to(device, non_blocking=True))
+        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bfloat16"):
+            return loss(model, x1, y, schedule, rng)
+
+    ending = False                                          # a signal: end this step, save, leave
+    stop.wait(True)
     metrics = Metrics(cfg, out, step, ranks, model, len(dataset))
     batches = data.read_ahead(dataset, cfg, step, rows, pin=device.type == "cuda")
     bar = tqdm(total=cfg.steps, initial=step, desc="training", unit="step", mininterval=0.5, disable=not ranks.first)
@@ -219,49 +234,57 @@ def train(cfg: Config, fresh: bool, ranks: Ranks, record: str | None, deadline: 
             micro_batches = next(batches)
             metrics.waited += time.perf_counter() - waiting
             optimizer.zero_grad(set_to_none=True)
+            step_loss = 0.0
             for part, (raw, y) in zip(rows, micro_batches, strict=True):
-                # every random number of this step comes from (seed, step)
-                rng = data.BatchRandom(cfg.seed, step, cfg.batch, part, device)
-                x1 = dataset.x1(raw.to(device, non_blocking=True), rng)
-                if y is not None:                           # one draw per example, shared by all bands
-                    y = torch.where(rng.rand() < cfg.label_drop, model.num_classes, y.to(device, non_blocking=True))
-                with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bfloat16"):
-                    total, errors = loss(model, x1, y, schedule, rng, cfg.noise, cfg.stages, cfg.full_range)
+                total, errors = losses(step, part, raw, y)
                 sync.expect(len(errors), last=part is rows[-1])
                 total.backward()
-                metrics.add(errors, total)
+                step_loss = step_loss + total.detach()
+                metrics.add(errors, total, part.stop - part.start)
             sync.finish()
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
             lr = learning_rate(cfg, step)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            optimizer.step()
+            # what is not finite is not applied; the fused optimizer sees to it, without waiting for the device
+            bad = ranks.sum((~(grad_norm + step_loss).isfinite()).float()).clamp(max=1)
+            if fused:
+                optimizer.found_inf = bad
+            if fused or not bad:
+                optimizer.step()
             if ema is not None:
                 update_ema(ema, model, cfg.ema, step)
 
             step += 1
-            metrics.end_step(step, grad_norm)
+            metrics.end_step(step, grad_norm, bad)
             bar.update()
-            ending = ranks.any(bool(stopped) or time.perf_counter() > deadline) or step == cfg.steps
+            ending = ranks.any(stop.asked or time.perf_counter() > deadline) or step == cfg.steps
             if step % cfg.log_every == 0 or step % cfg.save_every == 0 or ending:
-                line = metrics.write(lr)                    # raises before a bad state could be saved
-                bar.set_postfix(loss=f"{line['loss']:.4f}", images_per_s=f"{line['images_per_second']:.0f}")
+                line = metrics.write(lr, lambda at: culprits(dataset, cfg, at, rows, losses))
+                bar.set_postfix(loss=f"{line['loss'] or math.nan:.4f}", images_per_s=f"{line['images_per_second']:.0f}")
             run.step, pause = step, time.perf_counter()
             if step % cfg.save_every == 0 or ending:
                 save()
             if ranks.first and not ending:
                 glance(run, dataset)
             metrics.pause(pause)
+    except (torch.OutOfMemoryError, RuntimeError) as problem:
+        if isinstance(problem, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(problem):
+            raise plan.too_large(model, cfg, max(r.stop - r.start for r in rows), ranks) from None
+        raise
     finally:
         bar.close()
         batches.close()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
     if step < cfg.steps:
         ranks.say(f"stopped at step {step}, saved; the same command continues")
         return None, dataset, resumed
     if renew:                                               # other sampling settings: sample.py reads them there
         save()
+    late = "stopped: the training is saved, the same command draws its samples"
+    if ranks.any(stop.asked):                               # in the last step
+        ranks.say(late)
+        return None, dataset, resumed
+    stop.wait(False, late)
     weights.eval().requires_grad_(False)
     return run, dataset, resumed
 

@@ -15,7 +15,7 @@ from conftest import ROOT
 QUICK = ["--size", "32,2,2,2", "--steps", "6", "--batch", "16", "--solver", "midpoint", "--solver-steps", "4"]
 
 
-@pytest.mark.parametrize("script", ["train.py", "sample.py", "fid.py", "latents.py", "bench.py"])
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "fid.py", "latents.py", "bench.py", "compare.py"])
 def test_help_is_worth_reading_and_does_not_wait_for_torch(run_script, tmp_path, script):
     out = run_script(script, "--help").stdout
     assert "python " + script in out and len(out.splitlines()) > 20
@@ -32,7 +32,7 @@ def test_torchrun_takes_no_flag_of_ours_for_its_own():
     from torch.distributed.run import get_args_parser
 
     flags = set()
-    for script in ("train.py", "sample.py", "fid.py", "latents.py", "bench.py"):
+    for script in ("train.py", "sample.py", "fid.py", "latents.py", "bench.py", "compare.py"):
         text = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True).stdout
         flags |= set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", text.split("options:")[1]))
     assert {"--dataset", "-n", "--preview", "--logger"} <= flags and len(flags) > 80
@@ -141,4 +141,6 @@ def test_every_command_of_the_readme_runs(run_script, tmp_path):
         script, *arguments = shlex.split(command)[1:]
         if script == "train.py":
             arguments += QUICK
+        if script == "compare.py":
+            arguments += ["--seeds", "1", "--steps", "1", "--size", "32,2,2,2", "--jobs", "2"]
         run_script(script, *arguments)

@@ -1,5 +1,6 @@
 """Latents with a tiny AutoencoderKL that diffusers saved: encode, kill, go on, train, sample, decode; and sources."""
 
+import dataclasses
 import io
 import json
 import os
@@ -23,7 +24,7 @@ import sample
 import sources
 import train
 from config import Config, UserError
-from conftest import ROOT
+from conftest import AT_EXIT, ROOT
 
 
 def save_vae(folder: Path, seed=0, **settings) -> Path:
@@ -123,7 +124,7 @@ def test_killed_and_resumed_by_other_processes_it_has_the_same_bytes(tmp_path, i
     out = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                           str(ROOT / "latents.py"), *flags], env=environment, capture_output=True, text=True,
                          timeout=120)
-    assert out.returncode == 0, out.stdout + out.stderr
+    assert out.returncode == 0 or AT_EXIT in out.stderr, out.stdout + out.stderr
     assert "of 5 chunks were there" in out.stdout and "20 images of 32 pixels, 2 classes, 0 left out" in out.stdout
     for name in ("moments.f16", "labels.npy", "names.txt"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -161,7 +162,7 @@ def test_a_cache_that_does_not_match_is_refused_by_name(tmp_path, images, vae):
     with pytest.raises(UserError, match=r"(?s)no latent cache in .*python latents\.py --dataset folder --res 32 --vae"):
         data.load(run_of(tmp_path / "run", cache, vae))
     encode(cache, images, vae)
-    with pytest.raises(UserError, match="its vae is .*tiny-vae, the run asks for other-vae"):
+    with pytest.raises(UserError, match="its vae is .*tiny-vae', the run asks for 'other-vae'"):
         data.load(run_of(tmp_path / "run", cache, "other-vae"))
     with pytest.raises(UserError, match="its resolution is 32, the run asks for 64"):
         data.load(run_of(tmp_path / "run", cache, vae, res=64))
@@ -295,14 +296,16 @@ def test_encode_train_sample_decode(tmp_path, images, vae, run_script, give_up):
         assert saved["images"].shape == (2, 32, 32, 3)
     out = run_script("sample.py", "--export", "shared").stdout
     assert sorted(p.name for p in (tmp_path / "shared").iterdir()) == ["config.json", "model.safetensors"]
-    run_script("sample.py", "shared", "--num", "4", "--labels", "10", "--out", "again")
+    assert "name it yourself with --vae" in give_up("sample.py", "shared")      # a file chooses no folder here
+    run_script("sample.py", "shared", "--vae", vae, "--num", "4", "--labels", "10", "--out", "again")
     with np.load(run / "samples" / "samples.npz") as a, np.load(tmp_path / "again" / "samples.npz") as b:
         assert np.array_equal(a["images"], b["images"])
-    assert "holds the averaged weights only" in give_up("sample.py", "shared", "--raw")
+    assert "holds the averaged weights only" in give_up("sample.py", "shared", "--raw", "--vae", str(vae))
     facts = json.loads((tmp_path / "shared" / "config.json").read_text())
     facts["data"]["latent"]["sha256"] = "0" * 64
     (tmp_path / "shared" / "config.json").write_text(json.dumps(facts))
-    assert "is not the one that made the latents of this run: its sha256" in give_up("sample.py", "shared")
+    said = give_up("sample.py", "shared", "--vae", str(vae))
+    assert "is not the one that made the latents of this run: its sha256" in said
 
 
 def test_fine_tuning_takes_another_resolution_and_other_classes(tmp_path, images, vae, capsys):
@@ -338,7 +341,8 @@ def test_a_damaged_export_is_refused(tmp_path):
     run = runs.load_run(str(tmp_path / "run"), device="cpu")
     runs.export(run, tmp_path / "export")
     again = runs.load_run(str(tmp_path / "export"), device="cpu")
-    assert again.cfg == run.cfg and again.step == 2 and again.weights == "ema" and again.classes == run.classes
+    assert again.cfg == dataclasses.replace(run.cfg, out="")                    # a path is nobody else's business
+    assert again.step == 2 and again.weights == "ema" and again.classes == run.classes
     assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), again.model.parameters(), strict=True))
     images, _ = sample.generate(again, 2, np.arange(2), progress=False, solver="euler", steps=4)
     assert images.shape == (2, 8, 8, 1)

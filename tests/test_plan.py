@@ -22,7 +22,7 @@ def test_every_preset_builds_and_tells_its_cost(name):
     assert sum(p.numel() for p in model.parameters()) == model.count_parameters()
     assert Schedule(cfg.starts, cfg.path).num_scales == model.num_scales
     said = plan.describe(cfg, {"channels": channels, "classes": range(classes), "side": side, "count": 0})
-    assert f"{model.count_parameters() / 1e6:.1f} M" in said and str(sum(model.num_tokens)) in said
+    assert f"{model.count_parameters() / 1e6:.1f} M" in said and str(model.tokens(model.num_scales - 1)) in said
     if PRESETS[name].paper:
         assert f"row        {name}; the paper reports FID-50k {PRESETS[name].paper['fid']}" in said
         assert cfg.out == f"out/{name}"
@@ -58,6 +58,9 @@ def test_the_paper_s_numbers_stand_beside_ours():
     (dict(dataset="celebahq", res=256, mask="self"), "celebahq-256-mask-self"),
     (dict(dataset="celebahq", res=256, vae=config.SD_VAE), "celebahq-256-sd-vae"),
     (dict(dataset="celebahq", res=256, space="pixel"), "celebahq-256-pixel"),
+    (dict(dataset="celebahq", res=256, method="pyramidal"), "celebahq-256-pyramidal"),
+    (dict(dataset="celebahq", res=256, method="edify"), "celebahq-256-edify"),
+    (dict(dataset="celebahq", res=256, method="lfm", vae=config.SD_VAE), "celebahq-256-lfm"),
     (dict(dataset="celebahq", res=1024, num_scales=2, seed=3), "celebahq-1024-scales-2"),
     (dict(dataset="celebahq", res=256, experts="qkv"), "")])
 def test_flags_find_the_row_of_the_paper(given, name):

@@ -42,6 +42,7 @@ def test_twenty_steps_are_ten_and_a_restart_and_ten(tmp_path, monkeypatch, capsy
         update(ema, model, decay, step)
         if step == 9:
             signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)                                  # twice, of two kinds
 
     monkeypatch.setattr(train, "update_ema", terminate_at_ten)
     train.main(parts, device="cpu")
@@ -164,35 +165,17 @@ def test_ema_is_updated_once_for_each_step_and_sampled_by_default(tmp_path, monk
 
 def test_labels_are_dropped_per_example_at_the_stated_rate(tmp_path, monkeypatch):
     """One label for each example reaches all bands: the loss sees labels, not bands."""
-    seen, loss = [], train.loss
+    seen, loss = [], sample.loss
 
-    def record(model, x1, y, *arguments):
+    def record(model, x1, y, *arguments, **settings):
         seen.append(y)
-        return loss(model, x1, y, *arguments)
+        return loss(model, x1, y, *arguments, **settings)
 
-    monkeypatch.setattr(train, "loss", record)
+    monkeypatch.setattr(sample, "loss", record)
     train.main(tiny(tmp_path, steps=10, batch=200), device="cpu")
     labels = torch.cat(seen)
     assert (labels == 10).float().mean().item() == pytest.approx(0.1, abs=0.02)
     assert all(0.02 < (y == 10).float().mean() < 0.2 for y in seen)             # not whole batches
-
-
-def test_a_loss_that_is_not_finite_stops_with_step_and_band_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
-    loss, calls = train.loss, []
-
-    def break_at_13(model, *arguments):
-        total, errors = loss(model, *arguments)
-        calls.append(1)
-        if len(calls) == 13:
-            errors[1][1][0] = float("nan")
-            total = total * float("nan")
-        return total, errors
-
-    monkeypatch.setattr(train, "loss", break_at_13)
-    with pytest.raises(UserError, match=r"loss of band 1 is nan at step 13.*step-00000010\.pt"):
-        train.main(tiny(tmp_path), device="cpu")
-    saved = state(tiny(tmp_path))
-    assert saved["step"] == 10 and all(t.isfinite().all() for t in saved["model"].values())
 
 
 def test_checkpoints_hold_plain_values_and_the_last_two_are_kept(tmp_path):
@@ -207,6 +190,8 @@ def test_checkpoints_hold_plain_values_and_the_last_two_are_kept(tmp_path):
 
 def damage(path, how):
     raw = bytearray(path.read_bytes())
+    if how == "version":                                    # of a later program
+        return torch.save({**torch.load(path, weights_only=True), "version": 99}, path)
     if how == "flipped":
         with zipfile.ZipFile(path) as archive:
             largest = max(archive.infolist(), key=lambda info: info.file_size)
@@ -214,7 +199,7 @@ def damage(path, how):
     path.write_bytes({"truncated": raw[: len(raw) // 2], "empty": b"", "flipped": raw, "text": b"hello"}[how])
 
 
-@pytest.mark.parametrize("how", ["truncated", "empty", "flipped", "text"])
+@pytest.mark.parametrize("how", ["truncated", "empty", "flipped", "text", "version"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, capsys, how):
     train.main(tiny(tmp_path), device="cpu")
     newest, before = checkpoint.steps(tmp_path / "run")
@@ -295,7 +280,7 @@ def test_an_unknown_device_is_said(tmp_path):
     (dict(noise="pink"), "unknown noise"), (dict(stages="all"), "unknown stages"),
     (dict(precision="half"), "precision"),
     (dict(batch=1), "stratified stages need a batch of at least 2"),
-    (dict(lr=float("nan")), "lr must be 0 or more"), (dict(rtol=0.0), "rtol must be above 0")])
+    (dict(lr=float("nan")), "lr must be 0 or more"), (dict(rtol=0.0), "rtol must be a number above 0")])
 def test_a_wrong_setting_is_named(settings, words):
     with pytest.raises(UserError, match=words):
         Config(**settings)

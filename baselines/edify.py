@@ -1,0 +1,105 @@
+"""EdifyImage (Atzmon et al. 2024, arXiv 2411.07126) as flow matching, after appendix E of the LapFlow paper.
+
+Edify is a diffusion model whose state is an image of growing resolution: the bands of the Laplacian pyramid of the data
+are faded in one after the other. Scale i (coarse to fine) works in the window [T_i, T_(i+1)]:
+
+    gate   a_j(t) = clip((t - T_j) / (1 - T_j), 0, 1), and a_0 = 1
+    mean   m_i(t) = sum over bands j <= i of a_j(t) U^(i-j) x_1^(j)
+    state  X_i(t) = t m_i(t) + (1 - t) s_i n,   n ~ N(0, I), s_i = 2^-(K-1-i): the law of pooled noise
+    target d X_i / dt = m_i - s_i n + t m_i'(t);   the last term because the mean itself moves
+
+and at T_i the next scale takes over, exactly in law, because its new band is still gated off there:
+
+    X_i = U X_(i-1) + (1 - T_i) s_i (z - U D z),   z ~ N(0, I)
+
+The original's curves are not published, and the appendix has no formulas: what stands here is a reconstruction.
+`edify-plain` weights band j with a_j alone, and a_0 = t, in place of t a_j: its state is LapFlow's, bands summed up (a
+test shows it); what is left of the difference is that one image, and not its bands, passes the network. The original
+has one network for each resolution; here all scales share the blocks.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from baselines.trunk import ScaleDiT
+from pyramid import decompose, down, reconstruct, up
+from schedule import Schedule, noise_bands, stage_groups
+
+
+@dataclass(frozen=True)
+class Edify:
+    """starts: T_i, the time at which scale i takes over; product: band weights t a_j, else a_j (edify-plain)."""
+
+    starts: tuple[float, ...] = (0.0, 0.5)
+    product: bool = True
+    image = staticmethod(reconstruct)                       # of a list of one
+
+    @property
+    def num_scales(self) -> int:
+        return len(self.starts)
+
+    @property
+    def segments(self) -> list[tuple[float, float]]:
+        return Schedule(self.starts).segments
+
+    def noise_std(self, i: int) -> float:
+        return 0.5 ** (self.num_scales - 1 - i)
+
+    def weight(self, j: int, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight of band j in the state at times t, and its derivative."""
+        slope = 1 / (1 - self.starts[j])
+        gate = ((t - self.starts[j]) * slope).clamp(0, 1)   # a_j; of band 0 it is t
+        opens = slope * (t >= self.starts[j])
+        if not self.product or j == 0:
+            return gate, opens
+        return t * gate, gate + t * opens
+
+    def interpolate(self, bands: list, n: torch.Tensor, i: int, t: torch.Tensor):
+        """State and target (B, C, H_i, W_i) of scale i at the times t (B,), from bands 0..i of x1 and unit noise n."""
+        weights = [self.weight(j, t.view(-1, 1, 1, 1)) for j in range(i + 1)]
+        data, moving = (reconstruct([w[k] * band for w, band in zip(weights, bands, strict=True)]) for k in (0, 1))
+        n = self.noise_std(i) * n
+        return data + (1 - t.view(-1, 1, 1, 1)) * n, moving - n
+
+    def enter(self, i: int, bands: list, z: torch.Tensor) -> list:
+        """The switch to scale i; z is unit noise of its resolution."""
+        if i == 0:
+            return [self.noise_std(0) * z]
+        return [up(bands[0]) + (1 - self.starts[i]) * self.noise_std(i) * (z - up(down(z)))]
+
+
+def network(cfg, channels: int, num_classes: int, side: int) -> ScaleDiT:
+    return ScaleDiT(cfg.size, channels, side, cfg.num_scales, num_classes, cfg.condition_tokens, own_patches=True)
+
+
+def schedule(cfg) -> Edify:
+    return Edify(cfg.starts, product=cfg.method == "edify")
+
+
+def loss(model, x1, y, schedule, rng, stages="stratified"):
+    """Mean squared error of d X / dt; each example at one scale, at a time in its window."""
+    num_scales, u = schedule.num_scales, rng.rand()                                 # u (B,)
+    noise, bands = noise_bands(rng, x1.shape[1:], num_scales, "independent"), decompose(x1, num_scales)
+    total, errors = 0.0, [(u[:0], u[:0])] * num_scales
+    groups = stage_groups(rng, stages, num_scales)
+    for i, rows, share in groups:
+        if not len(u[rows]):
+            continue
+        start, end = schedule.segments[i]
+        t = start + (end - start) * u[rows]                                         # (B_i,)
+        xt, v = schedule.interpolate([band[rows] for band in bands[: i + 1]], noise[i][rows], i, t)
+        (v_pred,) = model([xt], t, None if y is None else y[rows])
+        error = (v_pred.float() - v).square().mean(dim=(1, 2, 3))                   # (B_i,)
+        total = total + error.sum() / share
+        errors[i] = (t, error.detach())
+    return total, errors[: groups[-1][0] + 1]
+
+
+def sample(model, n, y, schedule, shape, solve, **solver):
+    """Draws x1 (B, C, H, W): one solve in each window."""
+    def velocity(bands, t):
+        return model(bands, t.expand(len(bands[0])), y)
+
+    (x1,), _ = solve(velocity, noise_bands(n, shape, schedule.num_scales, "independent"), schedule, **solver)
+    return x1

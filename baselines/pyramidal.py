@@ -1,0 +1,128 @@
+"""Pyramidal Flow (Jin et al., ICLR 2025, arXiv 2410.05954), its spatial pyramid: one image at a time, ever larger.
+
+Stage i (coarse to fine) works at its own resolution, on x^i = D^(K-1-i) x_1. It goes from the data weight s_i to e_i on
+a straight line, with the SAME noise n ~ N(0, I) at both ends (in stage 0 X_s = n):
+
+    end    X_e = e_i x^i + (1 - e_i) n
+    start  X_s = s_i U x^(i-1) + (1 - s_i) n
+    state  X = tau X_e + (1 - tau) X_s, tau in [0, 1];    target  X_e - X_s
+
+The jump to the next resolution keeps the law of the state exactly. With z ~ N(0, I) at the finer resolution
+
+    X_s = a U X_e + b (z - U D z)
+
+(z - U D z has no share in U X_e, so the sum can be made white; scaled by sqrt(4/3) it is the paper's corrective noise
+of gamma = -1/3.) Three forms of it, by --method:
+
+    pyramidal                the original: s rolls back, s_i = e / (2 - e) with e = e_(i-1), a = (1 + s) / 2, b = 1 - s
+    pyramidal-zero-overlap   as LapFlow's appendix F presents it, s_i = e_(i-1), a = 1. With unit noise in each stage no
+                             noise can repair the law; with pooled noise, std 2^-(K-1-i), b = (1 - s) 2^-(K-1-i) does
+    pixelflow                PixelFlow (Chen et al. 2025, arXiv 2504.07963): the original's equations; in training,
+                             fresh noise at the stage's own resolution in place of pooled noise of the largest. One
+                             stage of one example sees either as N(0, I): the same method in law, which a test shows
+
+The network is told a global time, in which each stage has a share as long as e_i - s_i (the paper's clock).
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from baselines.trunk import ScaleDiT
+from pyramid import down, reconstruct, up
+from schedule import Schedule, noise_bands, stage_groups
+
+
+@dataclass(frozen=True)
+class Pyramidal:
+    """Boundaries e_0 < e_1 < ... are starts[1:] and 1, the paper's are i/K; form: a name from the table above."""
+
+    starts: tuple[float, ...] = (0.0, 0.5)
+    form: str = "pyramidal"
+    image = staticmethod(reconstruct)                       # of a list of one
+
+    @property
+    def num_scales(self) -> int:
+        return len(self.starts)
+
+    @property
+    def windows(self) -> list[tuple[float, float]]:
+        """[(s_i, e_i), ...]: data weights at start and end of every stage."""
+        rolled = [e if self.form == "pyramidal-zero-overlap" else e / (2 - e) for e in self.starts]
+        return list(zip(rolled, (*self.starts[1:], 1.0), strict=True))
+
+    @property
+    def segments(self) -> list[tuple[float, float]]:
+        """The clock: an interval of [0, 1] for each stage, as long as its share of all e_i - s_i."""
+        edges, total = [0.0], sum(e - s for s, e in self.windows)
+        for s, e in self.windows:
+            edges.append(edges[-1] + (e - s) / total)
+        return list(zip(edges[:-1], [*edges[1:-1], 1.0], strict=True))
+
+    def noise_std(self, i: int) -> float:
+        return 0.5 ** (self.num_scales - 1 - i) if self.form == "pyramidal-zero-overlap" else 1.0
+
+    def interpolate(self, x: torch.Tensor, coarser: torch.Tensor | None, n: torch.Tensor, i: int, tau: torch.Tensor):
+        """State and target (B, C, H_i, W_i) of stage i at the local times tau (B,): x is the image of this scale,
+        coarser that of the scale below (None in stage 0), n unit noise."""
+        (s, e), tau, n = self.windows[i], tau.view(-1, 1, 1, 1), self.noise_std(i) * n
+        end = e * x + (1 - e) * n
+        start = (1 - s) * n + (s * up(coarser) if i else 0)
+        return tau * end + (1 - tau) * start, end - start
+
+    def enter(self, i: int, bands: list, z: torch.Tensor) -> list:
+        """The jump to stage i; z is unit noise of its resolution."""
+        if i == 0:
+            return [self.noise_std(0) * z]
+        s, _ = self.windows[i]
+        a = 1.0 if self.form == "pyramidal-zero-overlap" else (1 + s) / 2
+        return [a * up(bands[0]) + (1 - s) * self.noise_std(i) * (z - up(down(z)))]
+
+
+def network(cfg, channels: int, num_classes: int, side: int) -> ScaleDiT:
+    return ScaleDiT(cfg.size, channels, side, cfg.num_scales, num_classes, cfg.condition_tokens, own_patches=False)
+
+
+def schedule(cfg) -> Pyramidal:
+    Schedule(cfg.starts)                                    # raises UserError when they do not increase
+    return Pyramidal(cfg.starts, cfg.method)
+
+
+def loss(model, x1, y, schedule, rng, stages="stratified"):
+    """Mean squared error of X_e - X_s, each example in one stage (stratified, as the paper mixes them in a batch)."""
+    num_scales, tau, shape = schedule.num_scales, rng.rand(), x1.shape[1:]          # tau (B,)
+    images = [x1]
+    while len(images) < num_scales:
+        images.insert(0, down(images[0]))                                           # x^i
+    if schedule.form == "pixelflow":
+        noise = noise_bands(rng, shape, num_scales, "independent")
+    else:                                                   # pooled from the largest, scaled to unit variance again
+        noise = [rng.randn(*shape)]
+        while len(noise) < num_scales:
+            noise.insert(0, 2 * down(noise[0]))
+    total, errors = 0.0, [(tau[:0], tau[:0])] * num_scales
+    groups = stage_groups(rng, stages, num_scales)
+    for i, rows, share in groups:
+        if not len(tau[rows]):
+            continue
+        coarser = images[i - 1][rows] if i else None
+        xt, v = schedule.interpolate(images[i][rows], coarser, noise[i][rows], i, tau[rows])
+        start, end = schedule.segments[i]
+        t = start + (end - start) * tau[rows]                                       # the clock
+        (v_pred,) = model([xt], t, None if y is None else y[rows])
+        error = (v_pred.float() - v).square().mean(dim=(1, 2, 3))                   # (B_i,)
+        total = total + error.sum() / share
+        errors[i] = (t, error.detach())
+    return total, errors[: groups[-1][0] + 1]
+
+
+def sample(model, n, y, schedule, shape, solve, **solver):
+    """Draws x1 (B, C, H, W). The network gives d X / d tau; the solver runs on the clock."""
+    sides = [shape[-1] >> k for k in reversed(range(schedule.num_scales))]
+
+    def velocity(bands, t):
+        start, end = schedule.segments[sides.index(bands[0].shape[-1])]
+        return [v / (end - start) for v in model(bands, t.expand(len(bands[0])), y)]
+
+    (x1,), _ = solve(velocity, noise_bands(n, shape, schedule.num_scales, "independent"), schedule, **solver)
+    return x1

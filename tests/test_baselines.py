@@ -1,0 +1,398 @@
+"""The systems LapFlow is compared with: their mathematics in closed form, then one run of each.
+
+For Gaussian data x ~ N(0, S) every state is A x + B n with known matrices, the best velocity is linear and known, and
+so is the flow F from the noise to the image: F F^T must be S. All jumps are exact in law, so each sampler must give S
+as closely as the solver integrates. (LapFlow under its causal mask does not: tests/test_sample.py.)
+"""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import baselines
+import runs
+import sample as sampling
+import schedule as lapflow
+import train
+from baselines import dfm, edify, lfm, pyramidal
+from config import METHODS, Config, UserError, resolve
+from conftest import random_model
+from data import BatchRandom, ImageRandom
+from pyramid import decompose, down, reconstruct
+from runs import build_model
+from schedule import Schedule, noise_bands
+
+SIDE, OTHERS = 8, [method for method in METHODS if method not in ("lapflow", "separate")]
+SHAPE = (1, SIDE, SIDE)
+
+
+def config(method: str, num_scales: int = 3, **more) -> Config:
+    settings = dict(method=method, num_scales=1 if method == "lfm" else num_scales, size="48,2,3,4", res=16)
+    return Config(**{**settings, **more})
+
+
+def images(matrix: torch.Tensor, side: int) -> torch.Tensor:
+    """Columns of a matrix as images (columns, 1, side, side)."""
+    return matrix.T.reshape(-1, 1, side, side)
+
+
+def matrix(x: torch.Tensor) -> torch.Tensor:
+    """The inverse of `images`."""
+    return x.flatten(1).T
+
+
+def covariance() -> torch.Tensor:
+    place = torch.stack(torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij"), -1).view(-1, 2).double()
+    return torch.exp(-torch.cdist(place, place) / 2)
+
+
+class Basis:
+    """In place of Gaussians: each tensor asked for gets its own part of an identity matrix, so that what is computed
+    from it is the matrix of the map from all noise to the result."""
+
+    def __init__(self, total: int):
+        self.total, self.used = total, 0
+
+    def randn(self, *shape):
+        count = torch.Size(shape).numel()
+        block = torch.zeros(self.total, count, dtype=torch.float64)
+        block[self.used : self.used + count] = torch.eye(count, dtype=torch.float64)
+        self.used += count
+        return block.view(self.total, *shape)
+
+
+def state_matrices(schedule, stage: int, t: float):
+    """A, B, dA, dB: state = A x + B n, target = dA x + dB n, from the schedule's own interpolate; t of DFM: clock."""
+    num_scales, eye = schedule.num_scales, images(torch.eye(SIDE**2, dtype=torch.float64), SIDE)
+    if isinstance(schedule, dfm.Decomposable):
+        bands, (times, _) = dfm.decompose(eye, num_scales)[: stage + 1], schedule.times(t, stage)
+        data = torch.cat([matrix(band) for band in bands])
+        scale = torch.cat([torch.full((len(matrix(b)), 1), float(at), dtype=torch.float64)
+                           for b, at in zip(bands, times, strict=True)])
+        one = torch.eye(len(data), dtype=torch.float64)
+        return scale * data, (1 - scale) * one, data, -one
+    side = SIDE >> (num_scales - 1 - stage)
+    noise = images(torch.eye(side**2, dtype=torch.float64), side)
+    if isinstance(schedule, Schedule):                      # LFM
+        (a,), (da,) = schedule.interpolate([eye], [0 * eye], torch.full((SIDE**2,), t, dtype=torch.float64))
+        (b,), (db,) = schedule.interpolate([0 * eye], [eye], torch.full((SIDE**2,), t, dtype=torch.float64))
+    elif isinstance(schedule, edify.Edify):
+        bands = decompose(eye, num_scales)[: stage + 1]
+        at = torch.full((len(eye),), t, dtype=torch.float64)
+        a, da = schedule.interpolate(bands, torch.zeros(len(eye), 1, side, side, dtype=torch.float64), stage, at)
+        at = torch.full((len(noise),), t, dtype=torch.float64)
+        b, db = schedule.interpolate([0 * band[: len(noise)] for band in bands], noise, stage, at)
+    else:
+        levels = [eye]
+        while len(levels) < num_scales:
+            levels.insert(0, down(levels[0]))
+        coarser = levels[stage - 1] if stage else None
+        at = torch.full((len(eye),), t, dtype=torch.float64)
+        a, da = schedule.interpolate(levels[stage], coarser, torch.zeros_like(levels[stage]), stage, at)
+        zero = None if coarser is None else 0 * coarser[: len(noise)]
+        b, db = schedule.interpolate(0 * noise, zero, noise, stage, at[: len(noise)])
+    return tuple(matrix(x) for x in (a, b, da, db))
+
+
+class Oracle:
+    """E[target | state] of Gaussian data, as a network."""
+
+    def __init__(self, schedule):
+        self.schedule, self.covariance = schedule, covariance()
+
+    def __call__(self, bands, t, y):
+        schedule, num_scales = self.schedule, self.schedule.num_scales
+        stage = [SIDE >> k for k in reversed(range(num_scales))].index(bands[-1].shape[-1])
+        at = t.flatten()[0].item()
+        if isinstance(schedule, pyramidal.Pyramidal):       # from the clock to the time inside the stage
+            start, end = schedule.segments[stage]
+            at = (at - start) / (end - start)
+        elif isinstance(schedule, dfm.Decomposable):        # from the coarsest band's time back to the clock
+            (low, high), (start, end) = schedule.segments[stage], (
+                schedule.times(edge, stage)[0][0] for edge in schedule.segments[stage])
+            at = low + (high - low) * (at - start) / (end - start)
+        a, b, da, db = state_matrices(schedule, stage, at)
+        gain = (da @ self.covariance @ a.T + db @ b.T) @ torch.linalg.pinv(a @ self.covariance @ a.T + b @ b.T,
+                                                                           rtol=1e-12, hermitian=True)
+        v = torch.cat([band.flatten(1) for band in bands], dim=1) @ gain.T
+        return sampling.unpack(v, [band.shape[1:] for band in bands])
+
+
+@pytest.mark.parametrize("num_scales", [2, 3])
+@pytest.mark.parametrize("method", OTHERS)
+def test_every_sampler_reproduces_the_data_with_the_best_velocity(method, num_scales):
+    cfg = config(method, num_scales)
+    module, total = baselines.load(method), sum((SIDE >> k) ** 2 for k in range(cfg.num_scales))
+    schedule = module.schedule(cfg)
+    flow = matrix(module.sample(Oracle(schedule), Basis(total), None, schedule, SHAPE, sampling.solve, rtol=1e-6,
+                                atol=1e-6))                 # (64, all noise)
+    assert flow.shape == (SIDE**2, total)
+    assert (flow @ flow.T - covariance()).norm() / covariance().norm() < 1e-3
+
+
+@pytest.mark.parametrize("num_scales", [2, 3, 4])
+@pytest.mark.parametrize("method", [m for m in OTHERS if m not in ("lfm", "dfm")])
+def test_the_jump_reproduces_the_next_start_exactly(method, num_scales):
+    """Mean (the map from the data) and covariance of the noise, in closed form, without any solver."""
+    schedule = baselines.load(method).schedule(config(method, num_scales))
+    for stage in range(1, num_scales):
+        ends = (1.0, 0.0) if isinstance(schedule, pyramidal.Pyramidal) else (schedule.starts[stage],) * 2
+        a, b, _, _ = state_matrices(schedule, stage - 1, ends[0])
+        wanted_a, wanted_b, _, _ = state_matrices(schedule, stage, ends[1])
+        side = SIDE >> (num_scales - stage)
+        none = torch.zeros(SIDE**2, 1, 2 * side, 2 * side, dtype=torch.float64)
+        after_a = matrix(schedule.enter(stage, [images(a, side)], none)[0])
+        fresh = images(torch.eye(4 * side**2, dtype=torch.float64), 2 * side)
+        after_b = torch.cat([matrix(schedule.enter(stage, [images(b, side)], none[: side**2])[0]),
+                             matrix(schedule.enter(stage, [0 * fresh[:, :, :side, :side]], fresh)[0])], dim=1)
+        assert torch.allclose(after_a, wanted_a, atol=1e-12)
+        assert torch.allclose(after_b @ after_b.T, wanted_b @ wanted_b.T, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", OTHERS)
+def test_the_target_is_the_finite_difference_of_the_state(method):
+    schedule, step = baselines.load(method).schedule(config(method)), 1e-6
+    for stage in range(schedule.num_scales):
+        if isinstance(schedule, dfm.Decomposable):          # d state / d clock = rate of its time x target
+            start, end = schedule.segments[stage]
+            at = start + 0.4 * (end - start)
+            rates = schedule.times(at, stage)[1]
+        else:
+            start, end = (0.0, 1.0) if isinstance(schedule, pyramidal.Pyramidal) else schedule.segments[stage]
+            at, rates = start + 0.4 * (end - start), None
+        a, b, da, db = state_matrices(schedule, stage, at)
+        (a0, b0, _, _), (a1, b1, _, _) = (state_matrices(schedule, stage, at + h) for h in (-step, step))
+        if rates is not None:
+            sizes = [(SIDE >> (schedule.num_scales - 1 - i)) ** 2 for i in range(stage + 1)]
+            speed = torch.cat([torch.full((n, 1), r, dtype=torch.float64) for n, r in zip(sizes, rates, strict=True)])
+            da, db = speed * da, speed * db
+        assert torch.allclose((a1 - a0) / (2 * step), da, atol=1e-8)
+        assert torch.allclose((b1 - b0) / (2 * step), db, atol=1e-8)
+        assert a.abs().max() > 0 or at == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# each against what its paper or its code says
+
+
+def test_lfm_is_lapflow_with_one_band():
+    model = random_model(num_scales=1)
+    x1, y, one = torch.randn(6, 2, 16, 16), torch.arange(6) % 5, Schedule((0.0,))
+    mine, _ = lfm.loss(model, x1, y, one, BatchRandom(0, 3, 6))
+    ours, _ = lapflow.loss(model, x1, y, one, BatchRandom(0, 3, 6))
+    assert mine.item() == ours.item() > 0
+    drawn = [draw(model, ImageRandom(0, range(3)), y[:3], one, (2, 16, 16), solve=sampling.solve, solver="heun",
+                  steps=4) for draw in (lfm.sample, sampling.sample)]
+    assert torch.equal(*drawn) and drawn[0].abs().max() > 0.1
+    cfg = resolve({"method": "lfm"})
+    plain = build_model(dataclasses.replace(cfg, method="lapflow"), 1, 10)
+    assert build_model(cfg, 1, 10).count_parameters() == plain.count_parameters()
+
+
+def test_pyramidal_flow_has_the_numbers_of_its_code():
+    two, three = pyramidal.Pyramidal((0.0, 0.5)), pyramidal.Pyramidal((0.0, 1 / 3, 2 / 3))
+    assert sum(two.windows, ()) == pytest.approx((0, 0.5, 1 / 3, 1))
+    assert sum(three.windows, ()) == pytest.approx((0, 1 / 3, 0.2, 2 / 3, 0.5, 1))
+    assert sum(two.segments, ()) == pytest.approx((0, 0.4286, 0.4286, 1), abs=1e-4)
+    assert sum(three.segments, ()) == pytest.approx((0, 0.2564, 0.2564, 0.6154, 0.6154, 1), abs=1e-4)
+    ones, z = torch.ones(1, 1, 2, 2), torch.randn(20000, 1, 4, 4)
+    for schedule, stage, a, b in ((two, 1, 0.6667, 0.5774), (three, 1, 0.6, 0.6928), (three, 2, 0.75, 0.4330)):
+        assert schedule.enter(stage, [ones], 0 * z[:1])[0].mean().item() == pytest.approx(a, abs=1e-4)
+        noise = schedule.enter(stage, [0 * ones.expand(20000, 1, 2, 2)], z)[0]      # its corrective noise, gamma = -1/3
+        block = noise[:, 0, :2, :2].flatten(1)
+        expected = b**2 * (torch.eye(4) * 4 / 3 - torch.full((4, 4), 1 / 3))
+        assert torch.allclose(torch.cov(block.T), expected, atol=0.02)
+
+
+def test_zero_overlap_with_unit_noise_could_not_be_repaired():
+    """The corrective covariance would have to be (1 - s)^2 (I - ones) in each block: not positive. Pooled noise is."""
+    assert torch.linalg.eigvalsh(torch.eye(4) - torch.ones(4, 4)).min() == pytest.approx(-3)
+    schedule = pyramidal.Pyramidal((0.0, 0.5), "pyramidal-zero-overlap")
+    assert schedule.windows == [(0.0, 0.5), (0.5, 1.0)] and schedule.noise_std(0) == 0.5
+
+
+def test_pooled_noise_scaled_up_is_fresh_noise_in_law():
+    """So one stage of PixelFlow trains on the same law as one stage of Pyramidal Flow."""
+    pool = matrix(2 * down(images(torch.eye(SIDE**2, dtype=torch.float64), SIDE)))
+    assert torch.allclose(pool @ pool.T, torch.eye(16, dtype=torch.float64))
+    x1 = torch.randn(4000, 1, 8, 8)
+    losses = [pyramidal.loss(lambda bands, t, y: [0 * bands[0]], x1, None, pyramidal.Pyramidal((0.0, 0.5), form),
+                             BatchRandom(0, 0, 4000))[0].item() for form in ("pyramidal", "pixelflow")]
+    assert losses[0] == pytest.approx(losses[1], rel=0.01) and losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_lapflow_summed_up_is_the_plain_edify_process_with_the_same_noise(stage):
+    starts, n = (0.0, 0.3, 0.6), torch.randn(4, 1, SIDE, SIDE, dtype=torch.float64)
+    x1, t = decompose(torch.randn_like(n), 3)[: stage + 1], torch.linspace(0.65, 0.99, 4, dtype=torch.float64)
+    xt, v = Schedule(starts).interpolate(x1, decompose(n, 3)[: stage + 1], t)
+    for _ in range(2 - stage):
+        n = down(n)
+    plain = edify.Edify(starts, product=False)
+    state, target = plain.interpolate(x1, n / plain.noise_std(stage), stage, t)
+    assert torch.allclose(reconstruct(xt), state) and torch.allclose(reconstruct(v), target)
+    product, _ = edify.Edify(starts).interpolate(x1, n / plain.noise_std(stage), stage, t)
+    assert torch.allclose(product, state) == (stage == 0)   # the product form is another process from band 1 on
+
+
+def test_dfm_takes_the_steps_of_its_paper():
+    """tau = 0.7 and 30 + 10 Euler steps: t_0 is 0, 0.0233 .. 0.7, 0.73 .. 1 and t_1 is 0, then 0.1 .. 1."""
+    seen, schedule = [], dfm.Decomposable((0.0, 0.7))
+
+    def model(bands, t, y):
+        seen.append(t[0].tolist())
+        return [torch.zeros_like(band) for band in bands]
+
+    dfm.sample(model, ImageRandom(0, range(2)), None, schedule, SHAPE, sampling.solve, solver="euler", steps=40)
+    assert [len(t) for t in seen] == [1] * 30 + [2] * 10
+    assert [t[0] for t in seen[:30]] == pytest.approx([0.7 * i / 30 for i in range(30)])
+    assert [t[0] for t in seen[30:]] == pytest.approx([0.7 + 0.03 * i for i in range(10)], abs=1e-6)
+    assert [t[1] for t in seen[30:]] == pytest.approx([0.1 * i for i in range(10)], abs=1e-6)
+
+
+def test_dfm_bands_that_are_not_active_get_no_gradient_and_are_not_read():
+    model = build_model(config("dfm", 2), 1, 0, 16).train()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    x1, stages = torch.randn(4, 1, 16, 16), []
+    for step in range(30):
+        model.zero_grad()
+        total, errors = dfm.loss(model, x1, None, dfm.Decomposable(), BatchRandom(0, step, 4), "batch")
+        total.backward()
+        stages.append(len(errors))
+        for layer in (model.patch_out[1].linear.weight, model.patch_in[1].weight):
+            assert (layer.grad is None) == (len(errors) == 1)
+    assert 20 < stages.count(1) < 30                        # nine in ten
+    coarse = [torch.randn(2, 1, 8, 8)]
+    with torch.no_grad():                                   # a band that is not there is zero at t = 0
+        alone = model(coarse, torch.full((2, 1), 0.3))
+        both = model([*coarse, torch.zeros(2, 1, 16, 16)], torch.tensor([[0.3, 0.0]]).expand(2, 2))
+    assert torch.allclose(alone[0], both[0], atol=1e-6)
+
+
+def test_dfm_trains_the_times_of_its_algorithm():
+    t = [[], []]
+
+    def model(bands, times, y):
+        t[times.shape[1] - 1].append(times)
+        return [torch.zeros_like(band) for band in bands]
+
+    dfm.loss(model, torch.zeros(20000, 1, 8, 8), None, dfm.Decomposable(), BatchRandom(0, 0, 20000), "stratified")
+    one, two = (torch.logit(part[0]) for part in t)
+    assert len(one) == 18000 and len(two) == 2000
+    assert one.mean().item() == pytest.approx(0, abs=0.03) and one.std().item() == pytest.approx(1, abs=0.03)
+    assert two[:, 0].mean().item() == pytest.approx(1.5, abs=0.1)               # the coarser band is ahead
+    assert two[:, 1].mean().item() == pytest.approx(0, abs=0.1)
+
+
+def test_parameters_and_cost_are_those_of_the_papers():
+    count = {}
+    with torch.device("meta"):
+        for method in ("lfm", "pyramidal", "dfm"):
+            model = build_model(config(method, 2, condition_tokens=False, size="XL/2"), 16, 1000, 64)
+            count[method] = model.count_parameters(), model.flops(model.num_scales - 1)
+    assert count["pyramidal"][0] == count["lfm"][0]         # one set of weights for all resolutions
+    assert (count["dfm"][0] - count["lfm"][0]) / 1e6 == pytest.approx(716.48 - 712.12, rel=0.02)
+    assert count["lfm"][1] / 2e9 == pytest.approx(524.6, rel=1e-3)              # G multiply-adds, 1024 tokens
+    assert count["dfm"][1] / count["lfm"][1] == pytest.approx(524.64 / 524.61, abs=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the same interface
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "lapflow"])
+def test_network_counts_loss_shares_and_samples(method):
+    cfg = config(method, 2, batch=20, size="48,2,3,2")
+    torch.manual_seed(0)
+    model = build_model(cfg, 2, 5, 16)
+    assert model.count_parameters() == sum(p.numel() for p in model.parameters())
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.08)
+    schedule, loss, draw = sampling.method(cfg)
+    x1, y = torch.randn(20, 2, 16, 16), torch.arange(20) % 5
+    whole, errors = loss(model, x1, y, schedule, BatchRandom(0, 1, 20))
+    parts = [loss(model, x1[rows], y[rows], schedule, BatchRandom(0, 1, 20, rows))
+             for rows in (slice(0, 10), slice(10, 20))]
+    assert sum(total.item() for total, _ in parts) == pytest.approx(whole.item(), rel=1e-5)
+    assert all(((t >= 0) & (t <= 1)).all() and len(t) == len(e) for t, e in errors)
+    whole.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    guided = sampling.Guided(model, 1.5)
+    heun = dict(solver="heun", steps=6)
+    x = draw(guided, ImageRandom(0, range(3)), y[:3], schedule, (2, 16, 16), **heun)
+    again = draw(sampling.Guided(model, 1.5), ImageRandom(0, [2]), y[2:3], schedule, (2, 16, 16), **heun)
+    assert x.shape == (3, 2, 16, 16) and x.isfinite().all() and x.std() > 0.05
+    assert torch.allclose(x[2], again[0], atol=1e-5)        # an image depends on its seed and number only
+    assert sum(guided.calls.values()) == 12 and guided.passes == 24
+    counted = []
+    for stage in range(schedule.num_scales):
+        state = noise_bands(ImageRandom(0, range(1)), (2, 16, 16), schedule.num_scales)
+        several = method in ("separate", "dfm")
+        state = state[: stage + 1] if several else [state[stage]]
+        t = torch.full((1, stage + 1) if method == "dfm" else (1,), 0.7)
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(state, t, y[:1])
+        counted.append(counter.get_total_flops())
+    assert [model.flops(stage) for stage in range(schedule.num_scales)] == counted
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("lapflow", "lfm")])
+def test_one_stage_for_each_batch(method):
+    cfg = config(method, 2, size="48,2,3,2", stages="batch")
+    schedule, loss, _ = sampling.method(cfg)
+    model, lengths = build_model(cfg, 1, 0, 16), set()
+    for step in range(40):
+        total, errors = loss(model, torch.randn(4, 1, 16, 16), None, schedule, BatchRandom(0, step, 4))
+        lengths.add(len(errors))
+        assert total.item() == pytest.approx(sum(e.mean().item() for _, e in errors if len(e)), rel=1e-5)
+    assert lengths == {1, 2}
+
+
+@pytest.mark.parametrize("settings, words", [
+    (dict(method="dfm", mask="none"), "mask belongs to LapFlow"),
+    (dict(method="edify", noise="independent"), "noise belongs to LapFlow"),
+    (dict(method="lfm", num_scales=2), "LFM has one scale"),
+    (dict(method="dfm", batch=8), "at least 10 images"),
+    (dict(method="gan"), "unknown method 'gan'; choose one of lapflow, lfm")])
+def test_settings_that_do_not_fit_a_method_are_said(settings, words):
+    with pytest.raises(UserError, match=words):
+        Config(**settings)
+
+
+def test_dfm_needs_a_patch_size_it_can_halve():
+    with pytest.raises(UserError, match="divisible by 4, not 2"):
+        build_model(config("dfm", 3, size="48,2,3,2"), 1, 0, 16)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "lapflow"])
+def test_training_continues_and_its_run_is_loaded_and_exported(method, tmp_path, capsys):
+    quick = dict(method=method, num_scales=1 if method == "lfm" else 2, size="32,2,2,2", batch=20, solver="midpoint",
+                 solver_steps=4, out=str(tmp_path / "run"), num_samples=5)
+    train.main(Config(**quick, steps=3), device="cpu")
+    train.main(Config(**quick, steps=5), device="cpu")
+    assert "continuing" in capsys.readouterr().out and (tmp_path / "run/trajectory.png").exists()
+    run = runs.load_run(str(tmp_path / "run"), device="cpu")
+    images, report = sampling.generate(run, 3, np.arange(3), progress=False, solver="euler", steps=8, cfg_scale=1.5)
+    assert run.cfg.method == method and images.shape == (3, 8, 8, 1) and report["forwards"] == 16
+    assert report["nfe_segments"] == {"lfm": [8], "dfm": [6, 2]}.get(method, report["nfe_segments"])
+    runs.export(run, tmp_path / "shared")
+    again, _ = sampling.generate(runs.load_run(str(tmp_path / "shared"), device="cpu"), 3, np.arange(3),
+                                 progress=False, solver="euler", steps=8, cfg_scale=1.5)
+    assert np.array_equal(images, again)
+
+
+@pytest.mark.slow
+def test_the_scripts_work_unchanged(run_script, give_up, tmp_path):
+    quick = ["--method", "dfm", "--size", "32,2,2,2", "--batch", "20", "--solver", "midpoint", "--solver-steps", "4"]
+    assert "frechet_pixel" in run_script("train.py", *quick, "--steps", "6", "--num-samples", "20").stdout
+    assert (tmp_path / "out/digits-dfm/trajectory.png").exists()
+    assert "network passes" in run_script("sample.py", "--num", "6", "--cfg", "1.5", "--compile").stdout
+    run_script("fid.py", "--num", "10", "--record", "scores.jsonl")
+    assert json.loads((tmp_path / "scores.jsonl").read_text())["config"]["method"] == "dfm"
+    assert "need the bands of LapFlow" in give_up("sample.py", "--preview")

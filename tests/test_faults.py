@@ -1,0 +1,413 @@
+"""What a week of training meets: kills, signals, full disks, numbers that are not finite, too little memory, time.
+
+`pytest -m '' tests/test_faults.py` ends with a table: what was broken on purpose, how often, and what it cost.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import data
+import metrics
+import sample
+import train
+from config import Config, UserError
+from conftest import FAULTS, ROOT
+from test_ranks import TINY as FLAGS
+from test_ranks import finished, start, worker
+from test_train import damage
+
+TINY = dict(size="32,2,2,2", batch=16, solver="midpoint", solver_steps=4, warmup=0, lr=1e-3, log_every=5,
+            num_samples=10)
+
+
+def tiny(tmp_path, name="run", **settings) -> Config:
+    return Config(**{**TINY, "out": str(tmp_path / name), "steps": 20, "save_every": 10, **settings})
+
+
+def state(cfg) -> dict:
+    return checkpoint.load_newest(train.Path(cfg.out))
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# kills and signals
+#
+# A process that has loaded torch once forks a child for each attempt: a run of its own, killed at a random moment.
+
+FORKS = """
+    import json, os, random, signal, sys, time
+    import torch
+    torch.set_num_threads(1)
+    sys.path.insert(0, {root!r})
+    import checkpoint, data, stop, train
+    from config import Config
+
+    def attempt(cfg, signals, early):
+        "A run in a child; the signals come after a random moment, or some steps after the newest checkpoint."
+        before, child = newest(cfg), os.fork()
+        if child == 0:
+            quiet = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(quiet, 1), os.dup2(quiet, 2)
+            code = 1
+            try:
+                stop.install()
+                train.main(cfg, device="cpu")
+                code = 0
+            except SystemExit as end:
+                code = end.code or 0
+            finally:
+                os._exit(code)
+        if signals:
+            until = time.time() + 60
+            while not early and newest(cfg) == before < cfg.steps and time.time() < until:
+                time.sleep(0.001)
+            time.sleep(random.uniform(0, 0.3 if early else 0.03))
+            for number in signals:
+                try:
+                    os.kill(child, number)
+                except ProcessLookupError:
+                    pass
+                time.sleep(0.002)
+        return os.waitpid(child, 0)[1]
+
+    def newest(cfg):
+        found = checkpoint.steps(train.Path(cfg.out))
+        return int(found[0].stem[5:]) if found else 0
+
+    settings, random = dict(json.loads(sys.argv[1])), random.Random(0)
+    whole, broken = Config(**settings, out="whole"), Config(**settings, out="broken")
+    data.load(whole)                                        # and all that this imports, once
+    assert attempt(whole, (), True) == 0
+    ends, kept, inside = [], [], 0
+    for number in range(int(sys.argv[2])):
+        signals = [signal.SIGKILL] if sys.argv[3] == "kill" else random.choices(stop.SIGNALS, k=2)
+        ends.append(attempt(broken, signals, number % 5 == 0))
+        inside += len(list(train.Path("broken").glob("step-*.tmp")))
+        kept.append(newest(broken))
+    last = attempt(broken, (), True)
+    print(json.dumps(dict(ends=ends, kept=kept, inside=inside, last=last)))
+"""
+
+
+def forks(tmp_path, count, how) -> dict:
+    (tmp_path / "forks.py").write_text(textwrap.dedent(FORKS).format(root=str(ROOT)))
+    settings = {**TINY, "steps": 500, "save_every": 1, "log_every": 5}
+    done = subprocess.run([sys.executable, "forks.py", json.dumps(settings), str(count), how], cwd=tmp_path, text=True,
+                          capture_output=True, timeout=280, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its children")
+def test_fifty_kills_at_random_moments_change_nothing(tmp_path):
+    """Also inside the write: a checkpoint is written after each step. The last attempt is left alone."""
+    done = forks(tmp_path, 50, "kill")
+    assert all(os.WIFSIGNALED(end) and os.WTERMSIG(end) == signal.SIGKILL for end in done["ends"])
+    assert done["kept"] == sorted(done["kept"]) and done["kept"][-1] > 20       # nothing saved was lost again
+    assert done["last"] == 0 and done["inside"] > 0                             # some came in the midst of a write
+    whole, broken = (checkpoint.load_newest(tmp_path / name) for name in ("whole", "broken"))
+    assert whole["step"] == broken["step"] == 500
+    assert same(whole["model"], broken["model"]) and same(whole["ema"], broken["ema"])
+    losses = [[json.loads(line)["loss_bands"] for line in open(tmp_path / name / "metrics.jsonl")]
+              for name in ("whole", "broken")]
+    assert losses[0] == losses[1] and len(losses[0]) == 500
+    FAULTS.append(("kill -9", 50, 50, f"no checkpoint; {done['inside']} inside a write"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its children")
+def test_signals_at_random_moments_save_and_leave_with_zero(tmp_path):
+    """SIGINT, SIGTERM, SIGUSR1, two in a row: before the first step, in the loop, while it samples."""
+    done = forks(tmp_path, 30, "ask")
+    assert done["ends"] == [0] * 30 and done["last"] == 0 and done["kept"] == sorted(done["kept"])
+    whole, broken = (checkpoint.load_newest(tmp_path / name) for name in ("whole", "broken"))
+    assert whole["step"] == broken["step"] and same(whole["model"], broken["model"])
+    FAULTS.append(("SIGINT, SIGTERM, SIGUSR1, twice in a row", 30, 30, "no step"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").exists(), reason="finds the worker through /proc")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_dead_or_hung_worker_ends_the_others(tmp_path, number, monkeypatch):
+    """Dead: at once. Hung (stopped): after the stated time, here six seconds, and what torchrun takes to clean up."""
+    monkeypatch.setenv("LAPFLOW_TIMEOUT_MINUTES", "0.1")
+    process = start(tmp_path, *FLAGS, "--steps", "100000", "--save-every", "10", "--out", "run")
+    try:
+        until = time.time() + 120
+        while not list((tmp_path / "run").glob("step-*.pt")):
+            assert time.time() < until and process.poll() is None, process.communicate()[0]
+            time.sleep(0.01)
+        struck = worker(process.pid, 1)
+        os.kill(struck, number)
+        began = time.time()
+        process.communicate(timeout=90)
+        assert process.returncode != 0                      # torchrun says that the run failed
+        took = time.time() - began
+    finally:
+        process.kill()
+        if Path(f"/proc/{struck}").exists():
+            os.kill(struck, signal.SIGKILL)
+    left = checkpoint.load_newest(tmp_path / "run")["step"]
+    finished(start(tmp_path, *FLAGS, "--steps", str(left + 2), "--out", "run"))
+    assert checkpoint.load_newest(tmp_path / "run")["step"] == left + 2
+    FAULTS.append((f"a worker of two gets {signal.Signals(number).name}", 1, 1,
+                   f"at most 10 steps; the other ended after {took:.0f} s"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# disks and damaged files
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "flipped", "text", "version"])
+def test_a_damaged_checkpoint_costs_one_interval_and_is_not_overwritten_unnamed(tmp_path, capsys, how):
+    """The same command names it, goes on from the one before it, and ends with the weights of an undisturbed run."""
+    whole, cfg = tiny(tmp_path, "whole", save_every=5), tiny(tmp_path, save_every=5)
+    train.main(whole, device="cpu")
+    train.main(tiny(tmp_path, save_every=5, steps=20), device="cpu")
+    newest = checkpoint.steps(Path(cfg.out))[0]
+    damage(newest, how)
+    wrong = newest.read_bytes()
+    with pytest.raises(UserError):
+        checkpoint.read(newest)
+    assert checkpoint.load_newest(Path(cfg.out))["step"] == 15 and newest.read_bytes() == wrong
+    assert newest.name in capsys.readouterr().err
+    train.main(cfg, device="cpu")
+    assert same(state(cfg)["model"], state(whole)["model"]) and state(cfg)["step"] == 20
+    FAULTS.append((f"newest checkpoint: {how}", 1, 1, "5 of 5 steps since the one before it"))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of eight megabytes, where this machine lets us make one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = shutil.which("mount") and subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)],
+                                                    capture_output=True).returncode == 0
+    if not made:
+        pytest.skip("only root may mount a small tmpfs")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(monkeypatch, at: int, use):
+    """Calls use() after step `at`."""
+    update = train.update_ema
+
+    def then(ema, model, decay, step):
+        update(ema, model, decay, step)
+        if step == at - 1:
+            use()
+
+    monkeypatch.setattr(train, "update_ema", then)
+
+
+def test_a_full_disk_stops_with_a_sentence_and_the_previous_checkpoint_is_whole(small_disk, monkeypatch):
+    cfg = Config(**{**TINY, "out": str(small_disk / "run"), "steps": 20, "save_every": 5, "keep": 1})
+
+    def fill_disk():
+        with open(small_disk / "ballast", "wb", buffering=0) as file:
+            try:
+                while True:
+                    file.write(bytes(4096))
+            except OSError:
+                pass
+
+    fill(monkeypatch, 8, fill_disk)
+    with pytest.raises(UserError, match="cannot write the checkpoint .*step-00000010.*the previous one is intact"):
+        train.main(cfg, device="cpu")
+    assert state(cfg)["step"] == 5 and not list(Path(cfg.out).glob("*.tmp"))
+    (small_disk / "ballast").unlink()
+    monkeypatch.undo()
+    train.main(cfg, device="cpu")
+    assert state(cfg)["step"] == 20
+    FAULTS.append(("full disk while saving", 1, 1, "5 steps; the checkpoint before it is whole"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs limits of the file size")
+def test_a_write_that_is_refused_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
+    """As a full disk, for those who may not mount one: files may not grow beyond 20,000 bytes from step 8 on."""
+    import resource
+
+    cfg, before = tiny(tmp_path, save_every=5), resource.getrlimit(resource.RLIMIT_FSIZE)
+    fill(monkeypatch, 8, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1])))
+    try:
+        with pytest.raises(UserError, match="cannot write the checkpoint .*step-00000010"):
+            train.main(cfg, device="cpu")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert state(cfg)["step"] == 5 and not list(Path(cfg.out).glob("*.tmp"))
+    FAULTS.append(("write refused while saving", 1, 1, "5 steps; the checkpoint before it is whole"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# time
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+def test_two_hundred_epochs_need_no_more_memory_than_twenty(tmp_path, monkeypatch):
+    """200 epochs of the digits with a small network: memory and open files, epoch by epoch."""
+    seen, update = [], train.update_ema
+
+    def look(ema, model, decay, step):
+        update(ema, model, decay, step)
+        if (step + 1) % 14 == 0:                            # 14 x 128 images are an epoch of 1,797
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            seen.append((pages * os.sysconf("SC_PAGE_SIZE") / 1e6, len(os.listdir("/proc/self/fd"))))
+
+    monkeypatch.setattr(train, "update_ema", look)
+    monkeypatch.setattr(train, "finish", lambda run, dataset: {})
+    train.main(tiny(tmp_path, steps=2800, batch=128, save_every=140, log_every=20), device="cpu")
+    early, late = seen[19], seen[-1]
+    assert len(seen) == 200 and late[0] - early[0] < 20 and late[1] == early[1]
+    FAULTS.append(("200 epochs", 1, 1, f"memory {late[0] - early[0]:+.1f} MB, open files {late[1] - early[1]:+d}"))
+
+
+def test_the_same_seed_gives_the_same_run_bit_for_bit(tmp_path):
+    one, two, other = tiny(tmp_path, "one"), tiny(tmp_path, "two"), tiny(tmp_path, "other", seed=1)
+    for cfg in (one, two, other):
+        train.main(cfg, device="cpu")
+    assert same(state(one)["model"], state(two)["model"]) and not same(state(one)["model"], state(other)["model"])
+    scores = [json.loads((Path(cfg.out) / "scores.json").read_text()) for cfg in (one, two)]
+    assert scores[0]["frechet_pixel"] == scores[1]["frechet_pixel"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# numbers that are not finite
+
+
+def break_steps(monkeypatch, steps, what="loss"):
+    """The loss (with its band 1, at the first example) or only the gradient of these steps is nan."""
+    loss, calls = sample.loss, []
+
+    def broken(model, *arguments, **settings):
+        total, errors = loss(model, *arguments, **settings)
+        calls.append(torch.is_grad_enabled())
+        if sum(calls) in steps and calls[-1]:
+            total = total * float("nan")
+            if what == "loss":
+                errors[1][1][0] = float("nan")
+        return total, errors
+
+    monkeypatch.setattr(sample, "loss", broken)
+
+
+def test_a_step_that_is_not_finite_is_named_and_not_applied(tmp_path, monkeypatch, capsys):
+    cfg = tiny(tmp_path, steps=8, save_every=6)
+    train.main(cfg, device="cpu")
+    before = checkpoint.read(checkpoint.path(train.Path(cfg.out), 6))
+    capsys.readouterr()
+    break_steps(monkeypatch, {7, 8})
+    broken = tiny(tmp_path, "broken", steps=8, save_every=6)
+    train.main(broken, device="cpu")
+    said = capsys.readouterr().err
+    assert "the loss of band 1 is nan at t in [0." in said and "at step 7" in said and "at step 8" in said
+    assert said.count("the step was not applied") == 2
+    after = state(broken)
+    assert after["step"] == 8 and same(after["model"], before["model"])         # as after step 6
+    assert all(entry["step"] == 6 for entry in after["optimizer"]["state"].values())
+    lines = [json.loads(line) for line in open(broken.out + "/metrics.jsonl")]
+    assert [line["skipped"] for line in lines] == [0, 0, 2] and lines[2]["loss"] is None and lines[1]["loss"] > 0
+
+
+def test_a_gradient_that_is_not_finite_is_named(tmp_path, monkeypatch, capsys):
+    break_steps(monkeypatch, {3}, "gradient")
+    train.main(tiny(tmp_path, steps=5), device="cpu")
+    assert "the norm of the gradient is nan at step 3" in capsys.readouterr().err
+    lines = [json.loads(line) for line in open(tiny(tmp_path).out + "/metrics.jsonl")]
+    assert [line["skipped"] for line in lines] == [1] and lines[0]["loss"] > 0
+
+
+def test_ten_in_a_row_stop_the_run_and_the_last_checkpoint_is_good(tmp_path, monkeypatch):
+    break_steps(monkeypatch, set(range(11, 99)))
+    cfg = tiny(tmp_path, steps=40)
+    with pytest.raises(UserError, match=r"loss of band 1 is nan .* at step 20: 10 steps in a row were not finite.*"
+                                        r"checkpoint is .*step-00000010\.pt"):
+        train.main(cfg, device="cpu")
+    saved = state(cfg)
+    assert saved["step"] == 10 and all(t.isfinite().all() for t in saved["model"].values())
+    monkeypatch.undo()
+    train.main(tiny(tmp_path, steps=12), device="cpu")                          # and it goes on from there
+    assert state(cfg)["step"] == 12
+
+
+def test_nine_in_a_row_do_not(tmp_path, monkeypatch):
+    assert metrics.PATIENCE == 10
+    break_steps(monkeypatch, set(range(2, 11)))
+    train.main(tiny(tmp_path, steps=12), device="cpu")
+    assert state(tiny(tmp_path))["step"] == 12
+
+
+@pytest.mark.parametrize("stages", ["batch", "stratified"])
+def test_the_image_that_does_it_is_named(tmp_path, monkeypatch, capsys, stages):
+    cfg = tiny(tmp_path, steps=5, stages=stages)
+    bad = data.order(1797, cfg.seed, 2 * cfg.batch, cfg.batch)[5]               # the sixth image of step 3
+    images, x1 = data.load(cfg), data.Images.x1
+
+    def poisoned(self, raw, rng=None):
+        wrong = (raw == torch.from_numpy(images.pixels[bad])).flatten(1).all(dim=1).view(-1, 1, 1, 1)
+        return torch.where(wrong, float("nan"), x1(self, raw, rng))
+
+    monkeypatch.setattr(data.Images, "x1", poisoned)
+    monkeypatch.setattr(train, "finish", lambda run, dataset: {})
+    train.main(cfg, device="cpu")
+    said = capsys.readouterr().err
+    assert f"(image {bad} of the data)" in said and "at step 3" in said and said.count("not applied") == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# memory
+
+
+@pytest.mark.parametrize("most, words", [(5, "--micro-batch 8: the same batch"), (0, "fewer cannot be")])
+def test_a_batch_that_does_not_fit_is_said_with_what_fits(tmp_path, monkeypatch, most, words):
+    """The loss refuses more images than fit; half, and half again, as the sentence says, trains in the end."""
+    loss = sample.loss
+
+    def small(model, x1, *arguments, **settings):
+        if len(x1) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return loss(model, x1, *arguments, **settings)
+
+    monkeypatch.setattr(sample, "loss", small)
+    cfg = tiny(tmp_path, steps=2, micro_batch=16 if most else 2)
+    with pytest.raises(UserError, match=f"out of memory on cpu with {cfg.micro_batch} images at a time.*{words}"):
+        train.main(cfg, device="cpu")
+    if most:
+        train.main(tiny(tmp_path, steps=2, micro_batch=4), device="cpu")
+        assert state(cfg)["step"] == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# optimizers that are not fused: Apple's MPS
+
+
+def test_without_a_fused_optimizer_a_step_is_skipped_too_and_runs_move_between_devices(tmp_path, monkeypatch, capsys):
+    """The same losses, skipping included, by the plain loop; and a run continues with either, whatever saved it."""
+    whole, parts = tiny(tmp_path, "whole"), tiny(tmp_path, "parts")
+    break_steps(monkeypatch, {4})
+    train.main(whole, device="cpu")
+    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        break_steps(patch, {4})
+        patch.setattr(train, "FUSED", ())
+        train.main(tiny(tmp_path, "parts", steps=12), device="cpu")
+        assert state(parts)["optimizer"]["param_groups"][0]["fused"] is False
+    train.main(parts, device="cpu")                                             # fused again
+    assert state(parts)["optimizer"]["param_groups"][0]["fused"] is True
+    assert capsys.readouterr().err.count("the step was not applied") == 2

@@ -1,0 +1,48 @@
+"""The picture of a generation: trajectory.png, which train.py draws at the end."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+import pictures
+import runs
+import sample
+
+
+def draw(path: Path, run: runs.Run, labels: np.ndarray | None, seed: int = 0, count: int = 3) -> None:
+    """Each band and their sum at several times, from noise to image, for a few images (Euler, 80 steps)."""
+    schedule, _, draw_images = sample.method(run.cfg)
+    y = None if labels is None else torch.as_tensor(labels[:count], device=run.device)
+    states = []
+
+    def watched(velocity, noise, schedule, **solver):
+        def seen(bands, t):
+            states.append((t.item(), bands))                                    # Euler calls once for each step
+            return velocity(bands, t)
+
+        bands, nfe = sample.solve(seen, noise, schedule, **solver)
+        states.append((1.0, bands))
+        return bands, nfe
+
+    model, n = sample.Guided(run.model, run.cfg.cfg_scale), data.ImageRandom(seed, range(count), run.device)
+    draw_images(model, n, y, schedule, run.shape, solve=watched, solver="euler", steps=80)
+    contrast = 1 if run.facts.get("latent") is None else 0.4                    # latents: three channels, as they are
+
+    def pixels(x):
+        return data.to_uint8(contrast * x[:3]).permute(1, 2, 0).cpu().numpy()
+
+    shown = [min(states, key=lambda state: abs(state[0] - t)) for t in np.linspace(0, 1, 9)]
+    rows, names = [], []
+    for image in range(count):
+        parts = len(states[-1][1])                          # some systems flow whole images: no bands to show
+        for i in range(parts if parts > 1 else 0):
+            gain = 1 if i == 0 else 2                                           # fine bands: residuals around mid-grey
+            start = schedule.segments[i][0]
+            rows.append([pixels(gain * bands[i][image]) if i < len(bands) else f"from\nt = {start:.2g}"
+                         for _, bands in shown])
+            names.append(f"band {i}")
+        rows.append([run.decode(schedule.image(bands)[image : image + 1])[0] for _, bands in shown])
+        names.append("sum" if parts > 1 else f"image {image}")
+    pictures.draw_images(path, rows, [], [f"t = {t:.2f}" for t, _ in shown], names)
