@@ -3,6 +3,7 @@
     python latents.py --dataset celebahq --res 256 --data DIR                        one process
     torchrun --nproc_per_node=8 latents.py --dataset imagenet --res 256 --data DIR   eight, the same bytes
 
+(The same on the same hardware; on CPUs with as many threads for each process too, since sums round by their order.)
 The same command continues after a stop or a kill; what was written stays. The cache, latents/DATASET-RES-VAE/SPLIT:
 
     moments.f16   float16 (N, 2, 2C, h, w): of image i and of its mirror image, mean and standard deviation of the
@@ -68,7 +69,8 @@ class Autoencoder:
         try:
             if not (folder / "config.json").exists() and (folder / "vae").is_dir():
                 folder = folder / "vae"                     # a whole pipeline
-            vae = AutoencoderKL.from_pretrained(folder, torch_dtype=getattr(torch, precision), local_files_only=True)
+            vae = AutoencoderKL.from_pretrained(folder, torch_dtype=getattr(torch, precision), local_files_only=True,
+                                                low_cpu_mem_usage=False)            # needs no accelerate
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as problem:
             raise UserError(f"there is no AutoencoderKL of diffusers in {folder}: {first_line(problem)}") from None
         channels, digest = vae.config.latent_channels, hashlib.sha256()

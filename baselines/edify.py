@@ -22,29 +22,20 @@ from dataclasses import dataclass
 
 import torch
 
-from baselines.trunk import ScaleDiT
+from baselines.trunk import OneImage, ScaleDiT, loss_of
 from pyramid import decompose, down, reconstruct, up
-from schedule import Schedule, noise_bands, stage_groups
+from schedule import Schedule, noise_bands
 
 
 @dataclass(frozen=True)
-class Edify:
+class Edify(OneImage):
     """starts: T_i, the time at which scale i takes over; product: band weights t a_j, else a_j (edify-plain)."""
 
-    starts: tuple[float, ...] = (0.0, 0.5)
     product: bool = True
-    image = staticmethod(reconstruct)                       # of a list of one
-
-    @property
-    def num_scales(self) -> int:
-        return len(self.starts)
 
     @property
     def segments(self) -> list[tuple[float, float]]:
         return Schedule(self.starts).segments
-
-    def noise_std(self, i: int) -> float:
-        return 0.5 ** (self.num_scales - 1 - i)
 
     def weight(self, j: int, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight of band j in the state at times t, and its derivative."""
@@ -79,21 +70,15 @@ def schedule(cfg) -> Edify:
 
 def loss(model, x1, y, schedule, rng, stages="stratified"):
     """Mean squared error of d X / dt; each example at one scale, at a time in its window."""
-    num_scales, u = schedule.num_scales, rng.rand()                                 # u (B,)
+    num_scales = schedule.num_scales
     noise, bands = noise_bands(rng, x1.shape[1:], num_scales, "independent"), decompose(x1, num_scales)
-    total, errors = 0.0, [(u[:0], u[:0])] * num_scales
-    groups = stage_groups(rng, stages, num_scales)
-    for i, rows, share in groups:
-        if not len(u[rows]):
-            continue
+
+    def state(i, rows, u):
         start, end = schedule.segments[i]
-        t = start + (end - start) * u[rows]                                         # (B_i,)
-        xt, v = schedule.interpolate([band[rows] for band in bands[: i + 1]], noise[i][rows], i, t)
-        (v_pred,) = model([xt], t, None if y is None else y[rows])
-        error = (v_pred.float() - v).square().mean(dim=(1, 2, 3))                   # (B_i,)
-        total = total + error.sum() / share
-        errors[i] = (t, error.detach())
-    return total, errors[: groups[-1][0] + 1]
+        t = start + (end - start) * u
+        return *schedule.interpolate([band[rows] for band in bands[: i + 1]], noise[i][rows], i, t), t
+
+    return loss_of(model, y, num_scales, rng, stages, state)
 
 
 def sample(model, n, y, schedule, shape, solve, **solver):

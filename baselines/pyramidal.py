@@ -28,22 +28,16 @@ from dataclasses import dataclass
 
 import torch
 
-from baselines.trunk import ScaleDiT
-from pyramid import down, reconstruct, up
-from schedule import Schedule, noise_bands, stage_groups
+from baselines.trunk import OneImage, ScaleDiT, loss_of
+from pyramid import down, up
+from schedule import Schedule, noise_bands
 
 
 @dataclass(frozen=True)
-class Pyramidal:
+class Pyramidal(OneImage):
     """Boundaries e_0 < e_1 < ... are starts[1:] and 1, the paper's are i/K; form: a name from the table above."""
 
-    starts: tuple[float, ...] = (0.0, 0.5)
     form: str = "pyramidal"
-    image = staticmethod(reconstruct)                       # of a list of one
-
-    @property
-    def num_scales(self) -> int:
-        return len(self.starts)
 
     @property
     def windows(self) -> list[tuple[float, float]]:
@@ -60,7 +54,7 @@ class Pyramidal:
         return list(zip(edges[:-1], [*edges[1:-1], 1.0], strict=True))
 
     def noise_std(self, i: int) -> float:
-        return 0.5 ** (self.num_scales - 1 - i) if self.form == "pyramidal-zero-overlap" else 1.0
+        return super().noise_std(i) if self.form == "pyramidal-zero-overlap" else 1.0
 
     def interpolate(self, x: torch.Tensor, coarser: torch.Tensor | None, n: torch.Tensor, i: int, tau: torch.Tensor):
         """State and target (B, C, H_i, W_i) of stage i at the local times tau (B,): x is the image of this scale,
@@ -90,8 +84,7 @@ def schedule(cfg) -> Pyramidal:
 
 def loss(model, x1, y, schedule, rng, stages="stratified"):
     """Mean squared error of X_e - X_s, each example in one stage (stratified, as the paper mixes them in a batch)."""
-    num_scales, tau, shape = schedule.num_scales, rng.rand(), x1.shape[1:]          # tau (B,)
-    images = [x1]
+    num_scales, shape, images = schedule.num_scales, x1.shape[1:], [x1]
     while len(images) < num_scales:
         images.insert(0, down(images[0]))                                           # x^i
     if schedule.form == "pixelflow":
@@ -100,20 +93,14 @@ def loss(model, x1, y, schedule, rng, stages="stratified"):
         noise = [rng.randn(*shape)]
         while len(noise) < num_scales:
             noise.insert(0, 2 * down(noise[0]))
-    total, errors = 0.0, [(tau[:0], tau[:0])] * num_scales
-    groups = stage_groups(rng, stages, num_scales)
-    for i, rows, share in groups:
-        if not len(tau[rows]):
-            continue
+
+    def state(i, rows, tau):
         coarser = images[i - 1][rows] if i else None
-        xt, v = schedule.interpolate(images[i][rows], coarser, noise[i][rows], i, tau[rows])
         start, end = schedule.segments[i]
-        t = start + (end - start) * tau[rows]                                       # the clock
-        (v_pred,) = model([xt], t, None if y is None else y[rows])
-        error = (v_pred.float() - v).square().mean(dim=(1, 2, 3))                   # (B_i,)
-        total = total + error.sum() / share
-        errors[i] = (t, error.detach())
-    return total, errors[: groups[-1][0] + 1]
+        xt, v = schedule.interpolate(images[i][rows], coarser, noise[i][rows], i, tau)
+        return xt, v, start + (end - start) * tau                                   # the clock
+
+    return loss_of(model, y, num_scales, rng, stages, state)
 
 
 def sample(model, n, y, schedule, shape, solve, **solver):

@@ -1,12 +1,52 @@
-"""One DiT for one image at a time, of any of K sizes: the network of Pyramidal Flow and EdifyImage.
+"""One image at a time, of any of K sizes: what Pyramidal Flow and EdifyImage have in common.
 
-The blocks are model.py's with one set of weights. A pass sees the tokens of its own scale alone; the size of the image
-says which scale that is.
+ScaleDiT is their network: model.py's blocks with one set of weights. A pass sees the tokens of its own scale alone; the
+size of the image says which scale that is.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from model import MoTDiT, patchify, unpatchify
+from pyramid import reconstruct
+from schedule import stage_groups
+
+
+@dataclass(frozen=True)
+class OneImage:
+    """A schedule whose state is a list of one image; `starts` has an entry for each scale, coarse to fine."""
+
+    starts: tuple[float, ...] = (0.0, 0.5)
+    image = staticmethod(reconstruct)                       # of a list of one
+
+    @property
+    def num_scales(self) -> int:
+        return len(self.starts)
+
+    def noise_std(self, i: int) -> float:
+        """Of white noise of the largest scale, pooled to scale i."""
+        return 0.5 ** (self.num_scales - 1 - i)
+
+
+def loss_of(model, y, num_scales: int, rng, stages: str, state: Callable):
+    """Mean squared error of d X / dt, each example at one scale, as schedule.loss returns it.
+
+    state(i, rows, u) gives xt, its velocity and the time (B_i,) for these rows of the batch; u (B_i,) is uniform.
+    """
+    u, total = rng.rand(), 0.0                                                      # u (B,)
+    errors = [(u[:0], u[:0])] * num_scales
+    groups = stage_groups(rng, stages, num_scales)
+    for i, rows, share in groups:
+        if not len(u[rows]):
+            continue
+        xt, v, t = state(i, rows, u[rows])
+        (v_pred,) = model([xt], t, None if y is None else y[rows])
+        error = (v_pred.float() - v).square().mean(dim=(1, 2, 3))                   # (B_i,)
+        total = total + error.sum() / share
+        errors[i] = (t, error.detach())
+    return total, errors[: groups[-1][0] + 1]
 
 
 class ScaleDiT(MoTDiT):

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import checkpoint
+from config import Config
 from model import MoTDiT
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,9 +33,22 @@ def random_bands(model: MoTDiT, batch=2, seed=1, dtype=torch.float32) -> list:
     return [torch.randn(batch, model.in_channels, s, s, generator=generator, dtype=dtype) for s in sides]
 
 
-# What a torchrun worker sometimes says when it has done all its work and its threads are torn down (gloo, torch 2.13;
-# seen twice in one run of the suite, never alone): its exit code then says nothing about the work. LOG.md
-AT_EXIT = "terminate called without an active exception"
+TINY = dict(size="32,2,2,2", batch=16, solver="midpoint", solver_steps=4, warmup=0, lr=1e-3, log_every=5,
+            num_samples=10)
+
+
+def tiny(tmp_path, name="run", **settings) -> Config:
+    """A run of seconds on the digits."""
+    return Config(**{**TINY, "out": str(tmp_path / name), "steps": 20, "save_every": 10, **settings})
+
+
+def state(cfg: Config) -> dict:
+    return checkpoint.load_newest(Path(cfg.out))
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
 
 FAULTS = []                                                 # (what, injected, survived, what was lost)
 

@@ -22,26 +22,10 @@ import metrics
 import sample
 import train
 from config import Config, UserError
-from conftest import FAULTS, ROOT
+from conftest import FAULTS, ROOT, TINY, same, state, tiny
 from test_ranks import TINY as FLAGS
-from test_ranks import finished, start, worker
+from test_ranks import at_first_checkpoint, finished, start, worker
 from test_train import damage
-
-TINY = dict(size="32,2,2,2", batch=16, solver="midpoint", solver_steps=4, warmup=0, lr=1e-3, log_every=5,
-            num_samples=10)
-
-
-def tiny(tmp_path, name="run", **settings) -> Config:
-    return Config(**{**TINY, "out": str(tmp_path / name), "steps": 20, "save_every": 10, **settings})
-
-
-def state(cfg) -> dict:
-    return checkpoint.load_newest(train.Path(cfg.out))
-
-
-def same(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # kills and signals
@@ -148,10 +132,7 @@ def test_a_dead_or_hung_worker_ends_the_others(tmp_path, number, monkeypatch):
     monkeypatch.setenv("LAPFLOW_TIMEOUT_MINUTES", "0.1")
     process = start(tmp_path, *FLAGS, "--steps", "100000", "--save-every", "10", "--out", "run")
     try:
-        until = time.time() + 120
-        while not list((tmp_path / "run").glob("step-*.pt")):
-            assert time.time() < until and process.poll() is None, process.communicate()[0]
-            time.sleep(0.01)
+        at_first_checkpoint(process, tmp_path / "run")
         struck = worker(process.pid, 1)
         os.kill(struck, number)
         began = time.time()

@@ -16,20 +16,7 @@ import runs
 import sample
 import train
 from config import Config, UserError
-
-TINY = dict(size="32,2,2,2", batch=16, solver="midpoint", solver_steps=4, warmup=0, lr=1e-3, log_every=5)
-
-
-def tiny(tmp_path, name="run", **settings) -> Config:
-    return Config(**{**TINY, "out": str(tmp_path / name), "steps": 20, "save_every": 10, **settings})
-
-
-def state(cfg) -> dict:
-    return checkpoint.load_newest(train.Path(cfg.out))
-
-
-def same(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+from conftest import same, state, tiny
 
 
 @pytest.mark.parametrize("stages", ["stratified", "batch"])
@@ -90,7 +77,7 @@ def test_a_checkpoint_of_another_configuration_is_refused_and_kept(tmp_path):
 
 
 def test_thirty_steps_end_to_end(tmp_path, capsys):
-    cfg = tiny(tmp_path, steps=30, batch=64, lr=4e-3)
+    cfg = tiny(tmp_path, steps=30, batch=64, lr=4e-3, num_samples=500)
     train.main(cfg, device="cpu")
     lines = [json.loads(line) for line in open(cfg.out + "/metrics.jsonl")]
     assert lines[-1]["step"] == 30 and lines[-1]["images"] == 1920
