@@ -76,6 +76,13 @@ class Metrics:
         self.steps.append((step, len(self.rows)))
         self.norms.append(torch.stack([grad_norm, bad]))
 
+    def waiting_for(self, batches):
+        """The next of them; the time until it is there counts as waiting for data."""
+        began = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - began
+        return batch
+
     def pause(self, began: float) -> None:
         """Leaves out the time since `began`, of a checkpoint or of samples."""
         self.began += time.perf_counter() - began
@@ -129,7 +136,8 @@ class Metrics:
             if found:
                 text += f" (image {', '.join(found[:8])}{' and others' if len(found) > 8 else ''} of the data)"
         if self.in_a_row < PATIENCE:
-            print(f"warning: {text}: the step was not applied", file=sys.stderr) if self.ranks.first else None
+            if self.ranks.first:
+                print(f"warning: {text}: the step was not applied", file=sys.stderr)
             return
         last = next(iter(checkpoint.steps(self.out)), None)
         kept = f"the last good checkpoint is {last}" if last else "no checkpoint was written yet"
@@ -137,15 +145,15 @@ class Metrics:
                         "a lower --lr or a --clip may help")
 
 
-def culprits(dataset, cfg: Config, step: int, rows: list[slice], losses) -> list[str]:
+def culprits(job, step: int) -> list[str]:
     """Numbers of this process's images that make the loss of a step not finite: each again, alone, with the weights as
-    they are now. Empty when none does so by itself."""
-    index = data.order(len(dataset), cfg.seed, (step - 1) * cfg.batch, cfg.batch)
+    they are now. Empty when none does so by itself. job: the train.Training."""
+    index = data.order(len(job.dataset), job.cfg.seed, (step - 1) * job.cfg.batch, job.cfg.batch)
     found = []
-    for row in range(rows[0].start, rows[-1].stop):
+    for row in range(job.rows[0].start, job.rows[-1].stop):
         one = slice(row, row + 1)
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):             # compiled: for whole batches
-            total, _ = losses(step - 1, one, *data.read_step(dataset, cfg, step - 1, [one])[0])
+            total, _ = job.losses(step - 1, one, *data.read_step(job.dataset, job.cfg, step - 1, [one])[0])
         if not torch.isfinite(total):
             found.append(str(index[row]))
     return found

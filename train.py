@@ -65,38 +65,122 @@ def update_ema(ema, model, decay: float, step: int) -> None:
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
-def restore(cfg: Config, out: Path, ranks: Ranks, facts: dict, model, ema, optimizer) -> tuple[int, bool]:
-    """Continues where the newest checkpoint ends: the same command again, no flag. Returns its step (0: none), and
-    whether it must be saved again for sampling settings that changed. Raises UserError when it is of another run."""
-    state = ranks.first_does(lambda: checkpoint.load_newest(out))
-    step = int(ranks.sum(torch.tensor(float(state["step"] if state else 0))))       # the same one in all processes
-    if not step:
-        if cfg.init:
-            for text in runs.fine_tune(model, cfg.init, facts["classes"], facts["latent"]):
+class Training:
+    """A run in training: what a step needs, and what a checkpoint holds."""
+
+    def __init__(self, cfg: Config, ranks: Ranks, dataset):
+        """Model, optimizer, and this process's rows of every batch. Raises UserError for what does not go together."""
+        self.cfg, self.ranks, self.dataset, self.device = cfg, ranks, dataset, ranks.device
+        self.out, self.facts, self.step = Path(cfg.out), data.facts(dataset), 0
+        self.schedule, self.loss, _ = sample.method(cfg)
+        dataset.to(self.device)
+        cuda, share = self.device.type == "cuda", max(1, cfg.batch // ranks.world)
+        free = ranks.least(torch.cuda.mem_get_info(self.device)[0] if cuda else math.inf)
+        model = runs.build_model(cfg, dataset.channels, len(dataset.classes), dataset.side).to(self.device)
+        micro_batch = cfg.micro_batch or plan.fit_micro_batch(model, cfg, share, free, ranks.world)
+        self.rows = ranks.rows(cfg.batch, micro_batch)
+        self.most = max(rows.stop - rows.start for rows in self.rows)           # images at a time
+        if cfg.stages == "stratified" and self.rows[0].stop - self.rows[0].start < cfg.num_scales:
+            raise UserError(f"stratified stages need {cfg.num_scales} images at a time in every process, not "
+                            f"{self.rows[0].stop - self.rows[0].start}: fewer processes, a larger --micro-batch, or "
+                            "--stages batch")
+        self.model, self.ema = model, copy.deepcopy(model).requires_grad_(False) if cfg.ema else None
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2),
+                                           weight_decay=cfg.weight_decay, fused=self.device.type in FUSED)
+
+    def begin(self, fresh: bool) -> runs.Run:
+        """From the newest checkpoint, --init, or nothing; the same in all processes. Returns what will be sampled."""
+        cfg, ranks = self.cfg, self.ranks
+        kept = cfg.keep + 1 + (cfg.steps // cfg.keep_every if cfg.keep_every else 0)
+        room = kept * self.model.count_parameters() * (16 if cfg.ema else 12)
+        ranks.first_does(lambda: checkpoint.prepare(self.out, fresh, room))
+        state = ranks.first_does(lambda: checkpoint.load_newest(self.out))
+        self.step = int(ranks.sum(torch.tensor(float(state["step"] if state else 0))))
+        self.renew = False                                  # a finished run, now with other settings for its samples
+        if self.step:
+            self.restore(state or checkpoint.read(checkpoint.path(self.out, self.step), checked=True))
+        elif cfg.init:
+            for text in runs.fine_tune(self.model, cfg.init, self.facts["classes"], self.facts["latent"]):
                 ranks.say(text)
-            if ema is not None:
-                ema.load_state_dict(model.state_dict())
-        return 0, False
-    state = state or checkpoint.read(checkpoint.path(out, step), checked=True)
-    old = Config.from_dict(state["config"])
-    changed = [f"{name} was {getattr(old, name)!r} and is now {getattr(cfg, name)!r}"
-               for name in config.differences(old, cfg)]
-    if changed:
-        raise UserError(f"the run in {out} was made with other settings: {'; '.join(changed)}. "
-                        "Choose another directory with --out, or start over with --fresh")
-    if any(facts[name] != state["data"].get(name, facts[name]) for name in facts):
-        raise UserError(f"the run in {out} was trained on other images or classes than there are now: "
-                        "choose another directory with --out, or start over with --fresh")
-    model.load_state_dict(state["model"])
-    for group in state["optimizer"]["param_groups"]:        # of the device it was saved on
-        group["fused"] = optimizer.defaults["fused"]
-    optimizer.load_state_dict(state["optimizer"])
-    if ema is not None:
-        ema.load_state_dict(state["ema"])
-    ranks.say(f"continuing {out} at step {step} of {cfg.steps} (--fresh starts over)")
-    if cfg.steps != old.steps:
-        ranks.say(f"the run was planned for {old.steps} steps: the learning rate now follows the new length")
-    return step, step >= cfg.steps and state["config"] != cfg.to_dict()
+            if self.ema is not None:
+                self.ema.load_state_dict(self.model.state_dict())
+        self.resumed, self.sync = self.step > 0, GradientSync(self.model, ranks)
+        if cfg.compile:
+            runs.compile_blocks(self.model)
+        if ranks.first:
+            (self.out / "config.json").write_text(config.show(cfg) + "\n")
+        ranks.say(f"{config.show(cfg)}\n{plan.describe(cfg, self.facts, ranks.world)}\n"
+                  f"batch      {cfg.batch} = {ranks.world} processes x {len(self.rows)} micro-batches x at most "
+                  f"{self.most} images, on {self.device}")
+        weights, name = (self.ema, "ema") if self.ema is not None else (self.model, "raw")
+        run = runs.Run(cfg, weights, self.facts, self.out, self.step, name)
+        ranks.first_does(run.ready)                         # what samples need: if it is not there, say so now
+        if self.step < cfg.steps:
+            (self.out / "scores.json").unlink(missing_ok=True)                  # of a shorter run
+        return run
+
+    def restore(self, state: dict) -> None:
+        """Continues a checkpoint. Raises UserError when it is of another run."""
+        cfg, old = self.cfg, Config.from_dict(state["config"])
+        changed = [f"{name} was {getattr(old, name)!r} and is now {getattr(cfg, name)!r}"
+                   for name in config.differences(old, cfg)]
+        if changed:
+            raise UserError(f"the run in {self.out} was made with other settings: {'; '.join(changed)}. "
+                            "Choose another directory with --out, or start over with --fresh")
+        if any(self.facts[name] != state["data"].get(name, self.facts[name]) for name in self.facts):
+            raise UserError(f"the run in {self.out} was trained on other images or classes than there are now: "
+                            "choose another directory with --out, or start over with --fresh")
+        self.model.load_state_dict(state["model"])
+        for group in state["optimizer"]["param_groups"]:    # of the device it was saved on
+            group["fused"] = self.optimizer.defaults["fused"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        self.ranks.say(f"continuing {self.out} at step {self.step} of {cfg.steps} (--fresh starts over)")
+        if cfg.steps != old.steps:
+            self.ranks.say(f"the run was planned for {old.steps} steps: the learning rate now follows the new length")
+        self.renew = self.step >= cfg.steps and state["config"] != cfg.to_dict()
+
+    def save(self) -> None:
+        state = {"step": self.step, "config": self.cfg.to_dict(), "data": self.facts, "model": self.model.state_dict(),
+                 "ema": self.ema.state_dict() if self.ema is not None else None,
+                 "optimizer": self.optimizer.state_dict()}
+        self.ranks.first_does(lambda: checkpoint.save(self.out, state, self.cfg.keep, self.cfg.keep_every))
+
+    def losses(self, step: int, part: slice, raw, y):
+        """Algorithm 1 for some rows of a step's batch; every random number comes from (seed, step)."""
+        rng = data.BatchRandom(self.cfg.seed, step, self.cfg.batch, part, self.device)
+        x1 = self.dataset.x1(raw.to(self.device, non_blocking=True), rng)       # (B, C, H, W)
+        if y is not None:                                   # one draw per example, shared by all bands
+            y = y.to(self.device, non_blocking=True)
+            y = torch.where(rng.rand() < self.cfg.label_drop, self.model.num_classes, y)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.cfg.precision == "bfloat16"):
+            return self.loss(self.model, x1, y, self.schedule, rng)
+
+    def update(self, micro_batches: list, metrics: Metrics) -> None:
+        """One step: the gradient of the whole batch, AdamW, the average. Does not wait for the device."""
+        self.optimizer.zero_grad(set_to_none=True)
+        step_loss = 0.0
+        for part, (raw, y) in zip(self.rows, micro_batches, strict=True):
+            total, errors = self.losses(self.step, part, raw, y)
+            self.sync.expect(len(errors), last=part is self.rows[-1])
+            total.backward()
+            step_loss = step_loss + total.detach()
+            metrics.add(errors, total, part.stop - part.start)
+        self.sync.finish()
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.clip or math.inf)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.cfg, self.step)
+        # what is not finite is not applied; the fused optimizer sees to it, without waiting for the device
+        bad = self.ranks.sum((~(grad_norm + step_loss).isfinite()).float()).clamp(max=1)
+        if self.optimizer.defaults["fused"]:
+            self.optimizer.found_inf = bad
+        if self.optimizer.defaults["fused"] or not bad:
+            self.optimizer.step()
+        if self.ema is not None:
+            update_ema(self.ema, self.model, self.cfg.ema, self.step)
+        self.step += 1
+        metrics.end_step(self.step, grad_norm, bad)
 
 
 def glance(run: runs.Run, dataset) -> None:
@@ -167,126 +251,55 @@ def main(cfg: Config, fresh=False, device=None, record=None, stop_after: float =
 
 def train(cfg: Config, fresh: bool, ranks: Ranks, record: str | None, deadline: float, dataset=None):
     """The loop. Returns the trained run (None when it was stopped early), its data, and whether it was continued."""
-    device = ranks.device
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("high")              # TF32 where a GPU computes in float32
     sample.check_solver(cfg.solver, cfg.solver_steps, "--solver-steps")
-    schedule, loss, _ = sample.method(cfg)
     fid.check_record(record)
     if cfg.space == "pixel":                                # what does not fit is said before a folder is read
         plan.meta_model(cfg, 1, 0, cfg.res)
     dataset = dataset or data.load(cfg)
     runs.check_guidance(cfg, cfg.cfg_scale, dataset.classes)
-    dataset.to(device)
-    free = ranks.least(torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf)
-    model = runs.build_model(cfg, dataset.channels, len(dataset.classes), dataset.side).to(device)
-    share = max(1, cfg.batch // ranks.world)
-    rows = ranks.rows(cfg.batch, cfg.micro_batch or plan.fit_micro_batch(model, cfg, share, free, ranks.world))
-    if cfg.stages == "stratified" and rows[0].stop - rows[0].start < cfg.num_scales:
-        raise UserError(f"stratified stages need {cfg.num_scales} images at a time in every process, not "
-                        f"{rows[0].stop - rows[0].start}: fewer processes, a larger --micro-batch, or --stages batch")
-    ema = copy.deepcopy(model).requires_grad_(False) if cfg.ema else None
-    fused = device.type in FUSED
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2),
-                                  weight_decay=cfg.weight_decay, fused=fused)
-    out = Path(cfg.out)
-    kept = cfg.keep + 1 + (cfg.steps // cfg.keep_every if cfg.keep_every else 0)
-    ranks.first_does(lambda: checkpoint.prepare(out, fresh, kept * model.count_parameters() * (16 if cfg.ema else 12)))
-    facts = data.facts(dataset)
-    step, renew = restore(cfg, out, ranks, facts, model, ema, optimizer)
-    resumed, sync = step > 0, GradientSync(model, ranks)
-    if cfg.compile:
-        runs.compile_blocks(model)
-    if ranks.first:
-        (out / "config.json").write_text(config.show(cfg) + "\n")
-    ranks.say(f"{config.show(cfg)}\n{plan.describe(cfg, facts, ranks.world)}\n"
-              f"batch      {cfg.batch} = {ranks.world} processes x {len(rows)} micro-batches x at most "
-              f"{max(r.stop - r.start for r in rows)} images, on {device}")
-
-    weights, name = (ema, "ema") if ema is not None else (model, "raw")
-    run = runs.Run(cfg, weights, facts, out, step, name)
-    ranks.first_does(run.ready)                             # what samples need: if it is not there, say so now
-    if step < cfg.steps:
-        (out / "scores.json").unlink(missing_ok=True)       # of a shorter run
-
-    def save():
-        state = {"step": step, "config": cfg.to_dict(), "data": facts, "model": model.state_dict(),
-                 "ema": ema.state_dict() if ema is not None else None, "optimizer": optimizer.state_dict()}
-        ranks.first_does(lambda: checkpoint.save(out, state, cfg.keep, cfg.keep_every))
-
-    def losses(step, part, raw, y):
-        """Loss of some rows of a step's batch; every random number comes from (seed, step)."""
-        rng = data.BatchRandom(cfg.seed, step, cfg.batch, part, device)
-        x1 = dataset.x1(raw.to(device, non_blocking=True), rng)
-        if y is not None:                                   # one draw per example, shared by all bands
-            y = torch.where(rng.rand() < cfg.label_drop, model.num_classes, y.to(device, non_blocking=True))
-        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bfloat16"):
-            return loss(model, x1, y, schedule, rng)
-
-    ending = False                                          # a signal: end this step, save, leave
-    stop.wait(True)
-    metrics = Metrics(cfg, out, step, ranks, model, len(dataset))
-    batches = data.read_ahead(dataset, cfg, step, rows, pin=device.type == "cuda")
-    bar = tqdm(total=cfg.steps, initial=step, desc="training", unit="step", mininterval=0.5, disable=not ranks.first)
+    job = Training(cfg, ranks, dataset)
+    run = job.begin(fresh)
+    stop.wait(True)                                         # a signal: end this step, save, leave
+    metrics, ending = Metrics(cfg, job.out, job.step, ranks, job.model, len(dataset)), False
+    batches = data.read_ahead(dataset, cfg, job.step, job.rows, pin=job.device.type == "cuda")
+    bar = tqdm(total=cfg.steps, initial=job.step, desc="training", unit="step", mininterval=0.5,
+               disable=not ranks.first)
     try:
-        while step < cfg.steps and not ending:
-            waiting = time.perf_counter()
-            micro_batches = next(batches)
-            metrics.waited += time.perf_counter() - waiting
-            optimizer.zero_grad(set_to_none=True)
-            step_loss = 0.0
-            for part, (raw, y) in zip(rows, micro_batches, strict=True):
-                total, errors = losses(step, part, raw, y)
-                sync.expect(len(errors), last=part is rows[-1])
-                total.backward()
-                step_loss = step_loss + total.detach()
-                metrics.add(errors, total, part.stop - part.start)
-            sync.finish()
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
-            lr = learning_rate(cfg, step)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            # what is not finite is not applied; the fused optimizer sees to it, without waiting for the device
-            bad = ranks.sum((~(grad_norm + step_loss).isfinite()).float()).clamp(max=1)
-            if fused:
-                optimizer.found_inf = bad
-            if fused or not bad:
-                optimizer.step()
-            if ema is not None:
-                update_ema(ema, model, cfg.ema, step)
-
-            step += 1
-            metrics.end_step(step, grad_norm, bad)
+        while job.step < cfg.steps and not ending:
+            job.update(metrics.waiting_for(batches), metrics)
             bar.update()
-            ending = ranks.any(stop.asked or time.perf_counter() > deadline) or step == cfg.steps
-            if step % cfg.log_every == 0 or step % cfg.save_every == 0 or ending:
-                line = metrics.write(lr, lambda at: culprits(dataset, cfg, at, rows, losses))
+            ending = ranks.any(stop.asked or time.perf_counter() > deadline) or job.step == cfg.steps
+            saving = job.step % cfg.save_every == 0 or ending
+            if job.step % cfg.log_every == 0 or saving:
+                line = metrics.write(job.optimizer.param_groups[0]["lr"], lambda at: culprits(job, at))
                 bar.set_postfix(loss=f"{line['loss'] or math.nan:.4f}", images_per_s=f"{line['images_per_second']:.0f}")
-            run.step, pause = step, time.perf_counter()
-            if step % cfg.save_every == 0 or ending:
-                save()
+            run.step, pause = job.step, time.perf_counter()
+            if saving:
+                job.save()
             if ranks.first and not ending:
                 glance(run, dataset)
             metrics.pause(pause)
-    except (torch.OutOfMemoryError, RuntimeError) as problem:
+    except RuntimeError as problem:
         if isinstance(problem, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(problem):
-            raise plan.too_large(model, cfg, max(r.stop - r.start for r in rows), ranks) from None
+            raise plan.too_large(job.model, cfg, job.most, ranks) from None
         raise
     finally:
         bar.close()
         batches.close()
-    if step < cfg.steps:
-        ranks.say(f"stopped at step {step}, saved; the same command continues")
-        return None, dataset, resumed
-    if renew:                                               # other sampling settings: sample.py reads them there
-        save()
+    if job.step < cfg.steps:
+        ranks.say(f"stopped at step {job.step}, saved; the same command continues")
+        return None, dataset, job.resumed
+    if job.renew:                                           # sample.py reads the settings there
+        job.save()
     late = "stopped: the training is saved, the same command draws its samples"
     if ranks.any(stop.asked):                               # in the last step
         ranks.say(late)
-        return None, dataset, resumed
+        return None, dataset, job.resumed
     stop.wait(False, late)
-    weights.eval().requires_grad_(False)
-    return run, dataset, resumed
+    run.model.eval().requires_grad_(False)
+    return run, dataset, job.resumed
 
 
 if __name__ == "__main__":
