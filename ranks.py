@@ -18,6 +18,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # noqa: F401  (before a group exists: see Ranks.stop)
 from torch.distributed.rendezvous import rendezvous
 
 from config import UserError
@@ -66,7 +67,12 @@ class Ranks:
         return cls(rank, world, device)
 
     def stop(self) -> None:
-        if self.world > 1 and dist.is_initialized():
+        """Ends the group and its threads, which need a living interpreter to drop their last tensor.
+
+        torch.distributed.nn keeps the group that there is when it is imported (as default arguments), and
+        torch.compile imports it: hence the import above. One exit in thirty aborted without it.
+        """
+        if dist.is_initialized():
             dist.destroy_process_group()
 
     @property

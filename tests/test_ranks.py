@@ -168,6 +168,27 @@ def test_micro_batches_train_what_the_whole_batch_does(tmp_path, stages):
     assert all(torch.allclose(runs[0][1][name], runs[1][1][name], atol=2e-5) for name in runs[0][1])
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the threads through /proc")
+def test_no_thread_of_the_group_outlives_it(tmp_path):
+    """They aborted the process when they dropped a tensor while the interpreter was going away."""
+    code = """if True:
+        import glob
+        from ranks import Ranks
+        def threads():
+            return [name for name in map(lambda file: open(file).read(), glob.glob("/proc/self/task/*/comm"))
+                    if "gloo" in name]
+        ranks = Ranks.start("cpu")
+        import torch._dynamo
+        before = len(threads())
+        ranks.stop()
+        print(before, len(threads()))"""
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0",
+                   "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    before, after = map(int, done.stdout.split())
+    assert done.returncode == 0 and before > 0 and after == 0
+
+
 def test_too_small_a_share_for_all_stages_is_said(tmp_path):
     cfg = Config(size="32,2,2,2", batch=16, steps=1, micro_batch=1, out=str(tmp_path / "run"))
     with pytest.raises(UserError, match="2 images at a time in every process, not 1.*--stages batch"):
