@@ -289,7 +289,7 @@ def test_the_benchmark_trains_a_row_of_the_paper_on_random_latents(tmp_path, mon
 
     monkeypatch.chdir(tmp_path)
     bench.main(dict(what="train", preset="imagenet-256-B", size="32,2,2,2", steps=4, log_every=1, batch=8,
-                    compile=False, record="bench.jsonl", device="cpu"))
+                    compile=False, record="bench.jsonl", device="cpu", rounds=1, sides="32", run=None))
     line = json.loads((tmp_path / "bench.jsonl").read_text())
     assert line["images_per_second"] > 0 and line["mfu"] is None and line["config"]["batch"] == 8
     assert line["processes"] == 1 and "images_per_second" in capsys.readouterr().out
