@@ -1,4 +1,4 @@
-.PHONY: test lint lines tables
+.PHONY: test lint lines tables page
 
 test:            ## the whole suite, under three minutes on two cores
 	pytest -q
@@ -8,6 +8,9 @@ lint:
 
 tables:          ## rewrites the tables of README.md from results/*.jsonl
 	python results/tables.py
+
+page:            ## docs/index.html from README.md and the sources
+	python docs/page.py
 
 lines:           ## the reading path is a promise: under 1,200 lines together
 	@wc -l pyramid.py schedule.py model.py train.py sample.py
