@@ -154,8 +154,10 @@ def said(paper: dict) -> str:
 
 def table() -> str:
     """Every preset of the paper as a Markdown table: our closed forms and the paper's numbers."""
-    lines = ["| preset | parameters, M (paper) | tokens by stage | GFLOPs forward, mean | steps x batch | "
-             "paper: FID-50k | NFE | s / image | days on 8 H200 | ours |", "|---|---|---|---|---|---|---|---|---|---|"]
+    head = ["preset", "parameters, M (paper)", "tokens by stage", "GFLOPs forward, mean", "steps x batch",
+            "GB on each of 8, estimated (paper)", f"days on 8 H200 at {ASSUMED_MFU:.0%} of the peak, computed (paper)",
+            "paper: FID-50k", "NFE", "s / image", "ours"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, preset in PRESETS.items():
         if not preset.paper:
             continue
@@ -163,9 +165,13 @@ def table() -> str:
         model, paper = meta_model(cfg, *shapes(cfg)[:3]), preset.paper
         vae = VAE_PARAMETERS if cfg.space == "latent" else 0
         tokens = ", ".join(str(model.tokens(s)) for s in range(model.num_scales))
-        cells = [f"`{name}`", f"{(model.count_parameters() + vae) / 1e6:.0f} ({paper.get('parameters', '')})"
-                 .replace(" ()", ""), tokens, f"{model.mean_flops() / 1e9:.1f}", f"{cfg.steps:,} x {cfg.batch}",
-                 *(str(paper.get(key, "")) for key in ("fid", "nfe", "seconds", "days")), "not measured"]
+        memory = memory_bytes(model, cfg, cfg.batch // 8, world=8) / 1e9
+        days = 3 * model.mean_flops() * cfg.batch * cfg.steps / (8 * PEAK["H200"] * ASSUMED_MFU) / 86400
+        ours = [f"{(model.count_parameters() + vae) / 1e6:.0f}", f"{memory:.0f}", f"{days:.2g}"]
+        beside = [f"{text} ({paper[key]})" if key in paper else text
+                  for text, key in zip(ours, ("parameters", "memory", "days"), strict=True)]
+        cells = [f"`{name}`", beside[0], tokens, f"{model.mean_flops() / 1e9:.1f}", f"{cfg.steps:,} x {cfg.batch}",
+                 *beside[1:], *(str(paper.get(key, "")) for key in ("fid", "nfe", "seconds")), "not measured"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -133,8 +133,24 @@ def ablations() -> str:
                       "means differ by less than two standard errors."])
 
 
-TABLES = {"systems": systems, "ablations": ablations, "causal": causal, "mask_cost": mask_cost, "digits": digits,
-          "presets": presets, "study": study}
+def speed() -> str:
+    """Our step and evaluation against those of a single-scale DiT and of the other LapFlow; ratios of medians."""
+    rows = [row for row in lines("bench") if row.get("what") == "compare"]
+    out = ["| latents | K | | FLOPs, ours / one scale | time, ours / diffusers' DiT | time, ours / "
+           "rectified-flow-pytorch |", "|---" * 6 + "|"]
+    for row in rows:
+        for what in ("training step", "evaluation"):
+            over = row[what]["over"]
+            out.append(f"| {row['side']} x {row['side']} | {row['num_scales']} | {what} | {row['limit']:.3f} | "
+                       f"{over['diffusers DiT']:.3f} | {over['rectified-flow-pytorch']:.3f} |")
+    first = rows[0]
+    return "\n".join([*out, "", f"{first['precision']}; {first['hardware']}; {first['versions']}; commit "
+                      f"{', '.join(sorted({row['commit'] for row in rows}))}; `{first['command']}`. On a GPU: not "
+                      "measured."])
+
+
+TABLES = {"digits": digits, "presets": presets, "speed": speed, "study": study, "causal": causal,
+          "mask_cost": mask_cost, "systems": systems, "ablations": ablations}
 
 
 def render(text: str) -> str:

@@ -143,4 +143,6 @@ def test_every_command_of_the_readme_runs(run_script, tmp_path):
             arguments += QUICK
         if script == "compare.py":
             arguments += ["--seeds", "1", "--steps", "1", "--size", "32,2,2,2", "--jobs", "2"]
+        if script == "bench.py":
+            arguments += ["--sides", "16", "--rounds", "1"]
         run_script(script, *arguments)
