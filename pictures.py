@@ -1,19 +1,56 @@
-"""Pictures: grids of small images and the loss curves. matplotlib is loaded when the first one is drawn."""
+"""Pictures: one style for all, grids of small images, the loss curves. matplotlib is loaded when one is drawn."""
 
 import json
 from pathlib import Path
 
 import numpy as np
 
+INK, QUIET, FAINT = "#222222", "#6b6b6b", "#e4e4e4"         # text, small print, empty places
+COARSE, MIDDLE, FINE = "#0072b2", "#009e73", "#d55e00"      # the bands, in every picture: colours that the colour-blind
+OTHERS = ("#cc79a7", "#e69f00", "#56b4e9", "#7b4fa3", "#8c8c8c")                # tell apart (Okabe and Ito)
+
+
+def band_colour(i: int, num_scales: int) -> str:
+    """Of band i of K: the coarsest and the finest always look the same, what is between them is green, then others."""
+    return COARSE if i == 0 else FINE if i == num_scales - 1 else (MIDDLE, *OTHERS)[(i - 1) % 6]
+
+
+def band_name(i: int, num_scales: int) -> str:
+    between = "middle" if num_scales == 3 else f"band {i}"
+    return "coarse" if i == 0 else "fine" if i == num_scales - 1 else between
+
 
 def pyplot():
-    """matplotlib.pyplot, set to write files: no window, no display needed."""
+    """matplotlib.pyplot, set to write files (no window, no display needed), in the style of this project: opaque white,
+    so that a page in dark mode shows the same picture."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    plt.rcParams.update({
+        "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 8.5,
+        "xtick.labelsize": 8.5, "ytick.labelsize": 8.5, "text.color": INK, "axes.labelcolor": INK,
+        "axes.edgecolor": QUIET, "xtick.color": QUIET, "ytick.color": QUIET, "xtick.labelcolor": INK,
+        "ytick.labelcolor": INK, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
+        "grid.color": "#b0b0b0", "legend.frameon": False, "lines.linewidth": 1.6, "lines.markersize": 5,
+        "figure.facecolor": "white", "savefig.facecolor": "white", "savefig.transparent": False,
+        "axes.prop_cycle": matplotlib.cycler(color=[COARSE, FINE, MIDDLE, *OTHERS])})
     return plt
+
+
+def plain_ticks(axis) -> None:
+    """Numbers on logarithmic axes as people write them: 1, 2 and 5 of each decade, or all ticks of less than one."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    for side in (axis.xaxis, axis.yaxis):
+        if side.get_scale() != "log":
+            continue
+        (low, high), plain = side.get_view_interval(), FuncFormatter(lambda value, _: f"{value:g}")
+        if high >= 10 * low:
+            side.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        side.set_major_formatter(plain)
+        side.set_minor_formatter(NullFormatter() if high >= 10 * low else plain)
 
 
 def draw_images(path: Path, rows: list, labels: list, columns: list | None = None, names: list | None = None) -> None:
@@ -24,7 +61,7 @@ def draw_images(path: Path, rows: list, labels: list, columns: list | None = Non
     pitch, width = side * 1.15, max(len(row) for row in rows)
     gap = pitch * (1.3 if any(labels) else 1.0)
     letters = max((len(line) for name in names or [] for line in name.split("\n")), default=0)
-    left = side * (0.1 + 0.085 * letters)                   # room for the names
+    left = side * (0.16 + 0.09 * letters)                   # room for the names
     figure = plt.figure(figsize=(0.95 * (width + left / pitch), 0.95 * len(rows) * gap / pitch + 0.4))
     axis = figure.add_axes((0, 0, 1, 1))
     for r, row in enumerate(rows):
@@ -33,9 +70,11 @@ def draw_images(path: Path, rows: list, labels: list, columns: list | None = Non
             box = (c * pitch, c * pitch + side, top + side, top)
             middle = c * pitch + side / 2
             if isinstance(cell, str):
-                axis.text(middle, top + side / 2, cell, ha="center", va="center", fontsize=7, color="gray")
+                axis.text(middle, top + side / 2, cell, ha="center", va="center", fontsize=8, color=QUIET)
             else:
                 axis.imshow(cell.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest", extent=box)
+                axis.plot([box[k] for k in (0, 1, 1, 0, 0)], [box[k] for k in (3, 3, 2, 2, 3)], color="#c8c8c8",
+                          linewidth=0.6)                    # white noise on white paper
             if labels and labels[r]:
                 axis.text(middle, top - 0.04 * side, labels[r][c], ha="center", va="bottom", fontsize=9)
         if names:
@@ -58,18 +97,21 @@ def draw_grid(path: Path, images: np.ndarray, labels: np.ndarray | None, classes
     draw_images(path, rows, text)
 
 
-def draw_loss(out: Path) -> None:
-    """loss.png: the loss of every band, from metrics.jsonl."""
+def draw_loss(out: Path, path: Path | None = None) -> None:
+    """The loss of every band, from OUT/metrics.jsonl: OUT/loss.png, or another path."""
     plt = pyplot()
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     if not lines:
         return
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    for i in range(len(lines[0]["loss_bands"])):
+    bands = len(lines[0]["loss_bands"])
+    for i in range(bands):
         points = [(line["step"], line["loss_bands"][i]) for line in lines if line["loss_bands"][i] is not None]
-        axis.plot(*zip(*points, strict=True), label=f"band {i}" + (" (coarsest)" if i == 0 else ""))
+        label = f"band {i}" + (f", {band_name(i, bands)}" if bands > 1 else "")
+        axis.plot(*zip(*points, strict=True), color=band_colour(i, bands), label=label)
     axis.set(xlabel="step", ylabel="mean squared error of the velocity", yscale="log")
     axis.grid(alpha=0.3, which="both")
+    plain_ticks(axis)
     axis.legend()
-    figure.savefig(out / "loss.png", dpi=100)
+    figure.savefig(path or out / "loss.png", dpi=110)
     plt.close(figure)

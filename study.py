@@ -66,6 +66,7 @@ def draw(path: Path, rows: list[dict]) -> None:
                   color=f"C{config.SOLVERS.index(kind[0])}")
     axis.set(xscale="log", yscale="log", xlabel="seconds per image", ylabel=rows[0]["distance_name"])
     axis.grid(which="both", alpha=0.3)
+    pictures.plain_ticks(axis)
     axis.legend()
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -1,4 +1,4 @@
-"""The picture of a generation: trajectory.png, which train.py draws at the end."""
+"""A generation, watched: its states from noise to image, and trajectory.png, which train.py draws at the end."""
 
 from pathlib import Path
 
@@ -11,8 +11,8 @@ import runs
 import sample
 
 
-def draw(path: Path, run: runs.Run, labels: np.ndarray | None, seed: int = 0, count: int = 3) -> None:
-    """Each band and their sum at several times, from noise to image, for a few images (Euler, 80 steps)."""
+def watch(run: runs.Run, labels: np.ndarray | None, seed: int = 0, count: int = 3, steps: int = 80) -> list:
+    """The states of the first `count` images of a seed: [(t, bands)] at each Euler step and at t = 1."""
     schedule, _, draw_images = sample.method(run.cfg)
     y = None if labels is None else torch.as_tensor(labels[:count], device=run.device)
     states = []
@@ -27,7 +27,13 @@ def draw(path: Path, run: runs.Run, labels: np.ndarray | None, seed: int = 0, co
         return bands, nfe
 
     model, n = sample.Guided(run.model, run.cfg.cfg_scale), data.ImageRandom(seed, range(count), run.device)
-    draw_images(model, n, y, schedule, run.shape, solve=watched, solver="euler", steps=80)
+    draw_images(model, n, y, schedule, run.shape, solve=watched, solver="euler", steps=steps)
+    return states
+
+
+def draw(path: Path, run: runs.Run, labels: np.ndarray | None, seed: int = 0, count: int = 3) -> None:
+    """Each band and their sum at several times, from noise to image, for a few images (Euler, 80 steps)."""
+    states, (schedule, _, _) = watch(run, labels, seed, count), sample.method(run.cfg)
     contrast = 1 if run.facts.get("latent") is None else 0.4                    # latents: three channels, as they are
 
     def pixels(x):

@@ -6,6 +6,7 @@ figure shows how far the covariance of the result is from that of the data, agai
 (K = 2).
 
     python docs/mask_cost.py [--record results/mask_cost.jsonl]
+    python docs/figures.py --only mask_cost                         drawn again from the lines recorded
 """
 
 import argparse
@@ -72,6 +73,21 @@ def result_covariance(data: np.ndarray, noise: np.ndarray, sizes: list[int], sch
     return flow @ noise @ flow.T
 
 
+def draw(path: Path, rows: list[dict]) -> None:
+    """The errors against T. rows: {"data": name, "causal": bool, "errors": {T: error}}."""
+    figure, axis = pyplot().subplots(figsize=(7, 4), layout="constrained")
+    names = list(dict.fromkeys(row["data"] for row in rows))
+    for row in rows:
+        axis.plot([float(t) for t in row["errors"]], [100 * error for error in row["errors"].values()],
+                  color=f"C{names.index(row['data'])}", linestyle="-" if row["causal"] else ":", marker=".",
+                  label=f"{row['data']}, {'causal mask' if row['causal'] else 'no mask'}")
+    axis.set(xlabel="start time T of the fine band", ylabel="error of the covariance, %", ylim=(0, None))
+    axis.legend()
+    axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    pyplot().close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draws docs/mask_cost.png and prints its numbers.")
     parser.add_argument("--record", help="append the numbers and how they were made to a .jsonl file")
@@ -85,9 +101,8 @@ def main() -> None:
     sets = {"digits": np.cov(digits, rowvar=False), "crops of photographs": np.cov(np.concatenate(crops), rowvar=False),
             "correlation 0.9 per pixel": 0.25 * 0.9**distance}
     noise = transform @ transform.T                         # the pyramid of one white image
-    times, figure, axis = np.array([0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]), *pyplot().subplots(
-        figsize=(7, 4), layout="constrained")
-    for number, (name, cov) in enumerate(sets.items()):
+    times, rows = np.array([0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]), []
+    for name, cov in sets.items():
         target = transform @ cov @ transform.T
         for causal in (True, False):
             errors = []
@@ -96,15 +111,10 @@ def main() -> None:
                 errors.append(np.linalg.norm(got - target) / np.linalg.norm(target))
             print(f"{name}, {'causal' if causal else 'unmasked'}: "
                   + "  ".join(f"T={t:.2g} {100 * e:.3f}%" for t, e in zip(times, errors, strict=True)))
+            rows.append({"data": name, "causal": causal, "errors": dict(zip(map(str, times), errors, strict=True))})
             if args.record:
-                fid.record(Path(args.record), Config(), torch.device("cpu"), {
-                    "data": name, "causal": causal, "errors": dict(zip(map(str, times), errors, strict=True))})
-            axis.plot(times, 100 * np.array(errors), color=f"C{number}", linestyle="-" if causal else ":", marker=".",
-                      label=f"{name}, {'causal mask' if causal else 'no mask'}")
-    axis.set(xlabel="start time T of the fine band", ylabel="error of the covariance, %", ylim=(0, None))
-    axis.legend()
-    axis.grid(alpha=0.3)
-    figure.savefig(ROOT / "docs" / "mask_cost.png", dpi=110)
+                fid.record(Path(args.record), Config(), torch.device("cpu"), rows[-1])
+    draw(ROOT / "docs" / "mask_cost.png", rows)
 
 
 if __name__ == "__main__":

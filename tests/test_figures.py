@@ -1,0 +1,129 @@
+"""docs/figures.py: the pictures that are cheap, of a run of two steps, and what they claim."""
+
+import re
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import runs
+import train
+from config import UserError
+from conftest import ROOT, random_model, tiny
+
+sys.path.insert(0, str(ROOT / "docs"))
+import figures  # noqa: E402
+import hero  # noqa: E402
+import steps  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    cfg = tiny(tmp_path_factory.mktemp("figures"), steps=2, save_every=2, log_every=1)
+    train.main(cfg, device="cpu")
+    return runs.load_run(cfg.out, device="cpu")
+
+
+def draw(tmp_path, *names, **given):
+    figures.main(SimpleNamespace(**{**dict(only=names, run=None, compare=str(tmp_path), out=str(tmp_path)), **given}))
+    return [tmp_path / f"{name}.png" for name in names]
+
+
+def check(path, most=150_000):
+    """It opens, is wide enough, is neither empty nor large, and has an opaque white border: for dark pages."""
+    image = Image.open(path)
+    assert image.mode in ("RGB", "RGBA", "P") and path.stat().st_size < most
+    pixels = np.asarray(image.convert("RGBA"))
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    assert (border == 255).all() and pixels.shape[1] > 700 and 20 < pixels[..., :3].std() < 120
+
+
+def test_every_name_has_a_function_and_every_picture_of_the_readme_a_name():
+    assert {*figures.PLAIN, *figures.OF_A_RUN, "systems"} == set(figures.NAMES)
+    assert not figures.PLAIN.keys() & figures.OF_A_RUN.keys()
+    shown = re.findall(r"\]\(docs/([\w-]+)\.(?:png|gif)\)", (ROOT / "README.md").read_text())
+    assert shown and set(shown) <= set(figures.NAMES)
+
+
+def test_pictures_without_a_run(tmp_path):
+    for path in draw(tmp_path, "step1-pyramid", "step2-schedule", "step3-mask", "mask_cost", "study", "systems-flops"):
+        check(path)
+
+
+def test_pictures_of_a_run(tmp_path, run):
+    names = "hero", "step4-training", "step5-sampling", "loss", "trajectory"
+    for path in draw(tmp_path, *names, run=str(run.folder)):
+        check(path)
+
+
+def test_the_animation(tmp_path, run):
+    hero.generation(tmp_path / "generation.gif", run, count=3, steps=6)
+    with Image.open(tmp_path / "generation.gif") as image:
+        assert image.n_frames == 7 and image.info["loop"] == 0 and image.width > 800
+        pauses, last = [], []
+        for frame in range(7):
+            image.seek(frame)
+            pauses.append(image.info["duration"])
+            last.append(np.asarray(image.convert("RGB")))
+    assert pauses[-1] > 2000 and max(pauses[1:-1]) < 200
+    assert all((a != b).any() for a, b in zip(last, last[1:], strict=False))
+
+
+@pytest.mark.slow
+def test_pictures_that_sample_py_draws(tmp_path, run):
+    names = "samples", "previews", "refined", "variations", "upsampled"
+    for path in draw(tmp_path, *names, run=str(run.folder)):
+        assert np.asarray(Image.open(path).convert("L")).std() > 5
+
+
+def test_the_mask_is_the_codes():
+    reads = steps.readers([3, 4, 16], 2)
+    expected = np.zeros((23, 23), bool)
+    for begin, end in ((0, 3), (3, 7), (7, 23)):
+        expected[begin:end, :end] = True
+    assert (reads == expected).all()
+
+
+def test_the_steps_of_dopri5_are_found_again():
+    """Against the steps that torchdiffeq itself says it kept, with some that it did not."""
+    from torchdiffeq import odeint
+
+    class Field(torch.nn.Module):
+        times, kept, refused = [], [], 0
+
+        def forward(self, t, x):
+            self.times.append(t.item())
+            return torch.cos(60 * t.square()) * 40 - x
+
+        def callback_accept_step(self, t0, x, dt):
+            self.kept.append((t0 + dt).item())
+
+        def callback_reject_step(self, t0, x, dt):
+            self.refused += 1
+
+    field = Field()
+    odeint(field, torch.zeros(1, 1, dtype=torch.float64), torch.tensor([0.0, 1.0], dtype=torch.float64), rtol=1e-4,
+           atol=1e-4, method="dopri5", options={"step_t": torch.tensor([1.0], dtype=torch.float64)})
+    found = steps.accepted(field.times, 1.0)
+    assert field.refused and np.allclose([t for t, _ in found], field.kept)
+    assert found[-1][1] == len(field.times)
+
+
+def test_what_it_refuses(tmp_path, run, capsys, monkeypatch):
+    with pytest.raises(UserError, match="systems.png stays as it is"):
+        draw(tmp_path, "systems")
+    monkeypatch.setattr(figures, "NAMES", ("systems", "step3-mask"))
+    draw(tmp_path, only=None)                               # the others are drawn
+    assert "systems.png stays as it is" in capsys.readouterr().out and (tmp_path / "step3-mask.png").exists()
+    with pytest.raises(UserError, match="no run directory"):
+        draw(tmp_path, "hero", run=str(tmp_path / "nowhere"))
+    other = runs.Run(tiny(tmp_path, num_scales=1), random_model(), run.facts, run.folder, 1, "raw")
+    monkeypatch.setattr(runs, "load_run", lambda *_, **__: other)
+    with pytest.raises(UserError, match="two bands"):
+        draw(tmp_path, "hero", run=str(run.folder))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        draw(tmp_path, "step3-mask", out=str(tmp_path / "file"))
