@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
 
-def pyplot():
+def pyplot() -> ModuleType:
     """matplotlib.pyplot, set to write files: no window, no display needed."""
     import matplotlib
 
