@@ -3,7 +3,7 @@
     python bench.py count                                          parameters, tokens, FLOPs: every preset, every system
     python bench.py train --preset celebahq-256 --record results/bench.jsonl
     torchrun --nproc_per_node=8 bench.py train --preset celebahq-1024 --steps 200
-    python bench.py sample --preset celebahq-256                   or --run DIR, a trained run
+    python bench.py sample --preset celebahq-256                   or a trained run, by its directory
     python bench.py compare                                        against diffusers' DiT and another LapFlow
     python bench.py fid
 
@@ -38,10 +38,10 @@ from pathlib import Path
 import config
 
 if __name__ == "__main__":                                  # before torch is loaded: --help answers at once
-    PARSER = config.parser(__doc__, "python bench.py WHAT [--preset NAME] [--setting VALUE ...] [--record FILE]")
+    PARSER = config.parser(__doc__, "python bench.py WHAT [DIR] [--preset NAME] [--setting VALUE ...] [--record FILE]")
     PARSER.add_argument("what", choices=("count", "train", "sample", "compare", "fid"))
     config.add_config_flags(PARSER)
-    PARSER.add_argument("--run", metavar="DIR", help="sample: a trained run, in place of random weights")
+    PARSER.add_argument("run", nargs="?", metavar="DIR", help="sample: a trained run, in place of random weights")
     PARSER.add_argument("--rounds", type=int, default=7, help="repetitions that the medians are taken of [7]")
     PARSER.add_argument("--sides", default="32,64,128", help="compare: sizes of the latents [32,64,128]")
     PARSER.add_argument("--record", metavar="FILE", help="append the result and how it was made to a .jsonl file")
@@ -382,7 +382,7 @@ def measure_sampling(arguments: dict, name: str | None, device: str | None, roun
         else:
             cfg = config.resolve({**arguments, "out": folder})
             if cfg.dataset not in plan.KNOWN:
-                raise UserError("give bench.py sample a --preset of the paper, or --run DIR, a trained run")
+                raise UserError("give bench.py sample a --preset of the paper, or the directory of a trained run")
             run = random_run(cfg, Path(folder), where)
             row = config.find_row(cfg)
             nfe = config.PRESETS[row].paper.get("nfe", 80) if row else 80

@@ -9,8 +9,10 @@
 dopri5 chooses its steps with the fine bands in view, so there they agree to its tolerance.
 """
 
+import argparse
 import json
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +30,8 @@ from pyramid import decompose, reconstruct, up
 from schedule import Schedule, noise_bands
 
 
-def draw_bands(run, noise: list, labels, cfg_scale=1.0, interval=(0.0, 1.0), precision="float32", **solver):
+def draw_bands(run: runs.Run, noise: list[torch.Tensor], labels: np.ndarray | None, cfg_scale: float = 1.0,
+               interval: tuple[float, float] = (0.0, 1.0), precision: str = "float32", **solver) -> tuple[list, int]:
     """Bands at t = 1 from their noise: all K of them, or a prefix. Returns them and the calls of the network."""
     schedule = Schedule(run.cfg.starts, run.cfg.path)
     model = sample.Guided(run.model, cfg_scale, interval, precision)
@@ -37,19 +40,21 @@ def draw_bands(run, noise: list, labels, cfg_scale=1.0, interval=(0.0, 1.0), pre
                         jumps=model.jumps(y), **solver)
 
 
-def noise_of(run, seed: int, numbers) -> list:
+def noise_of(run: runs.Run, seed: int, numbers: Iterable[int]) -> list[torch.Tensor]:
     """The noise of the images with these numbers: K bands."""
     return noise_bands(data.ImageRandom(seed, numbers, run.device), run.shape, run.cfg.num_scales, run.cfg.noise)
 
 
-def preview(run, numbers, labels, seed=0, bands=1, **settings):
+def preview(run: runs.Run, numbers: Iterable[int], labels: np.ndarray | None, seed: int = 0, bands: int = 1,
+            **settings) -> tuple[torch.Tensor, int]:
     """The coarsest bands, alone, of the images with these numbers: those that the whole images will have, up to
     rounding when the steps are fixed. Returns x1 at the small size (B, C, h, w) and the calls of the network."""
     found, nfe = draw_bands(run, noise_of(run, seed, numbers)[:bands], labels, **settings)
     return reconstruct(found), nfe
 
 
-def vary(run, number: int, count: int, labels, seed=0, bands=1, **settings):
+def vary(run: runs.Run, number: int, count: int, labels: np.ndarray | None, seed: int = 0, bands: int = 1,
+         **settings) -> tuple[torch.Tensor, int]:
     """Variations of one image: its coarse noise, and `count` times new fine noise (that of images of another seed).
 
     The bands of white noise are independent of each other, so each is a fair sample. Returns x1 and the calls."""
@@ -67,19 +72,20 @@ class Tail:
     first: int
 
     @property
-    def num_scales(self):
+    def num_scales(self) -> int:
         return self.whole.num_scales - self.first
 
     @property
-    def segments(self):
+    def segments(self) -> list[tuple[float, float]]:
         return self.whole.segments[self.first :]
 
-    def enter(self, j, bands, x0):
+    def enter(self, j: int, bands: list[torch.Tensor], x0: torch.Tensor) -> list[torch.Tensor]:
         return self.whole.enter(j + self.first, bands, x0)
 
 
-def upsample(run, small: torch.Tensor, count: int, labels, seed=0, cfg_scale=1.0, interval=(0.0, 1.0),
-             precision="float32", **solver):
+def upsample(run: runs.Run, small: torch.Tensor, count: int, labels: np.ndarray | None, seed: int = 0,
+             cfg_scale: float = 1.0, interval: tuple[float, float] = (0.0, 1.0), precision: str = "float32",
+             **solver) -> tuple[torch.Tensor, int]:
     """Images (count, C, H, W) whose coarse bands are those of `small` (C, h, w), in [-1, 1] or normalised latents.
 
     At time t the known bands are at alpha_i(t) x_1 + sigma(t) x_0, exactly where training saw them; the finer bands are
@@ -108,7 +114,7 @@ def upsample(run, small: torch.Tensor, count: int, labels, seed=0, cfg_scale=1.0
 # the four flags of sample.py
 
 
-def main(run, args, out: Path) -> None:
+def main(run: runs.Run, args: argparse.Namespace, out: Path) -> None:
     """Draws, writes one picture, the images and a report, and prints what was measured."""
     if run.cfg.method != "lapflow":
         raise UserError("previews, variations and their like need the bands of LapFlow: this run was trained with "
@@ -150,7 +156,7 @@ def save(file: Path, images: np.ndarray, labels: np.ndarray | None, **more) -> N
     np.savez_compressed(file, images=images, labels=gallery.or_none(labels, len(images)), **more)
 
 
-def show_previews(run, args, settings, out) -> dict:
+def show_previews(run: runs.Run, args: argparse.Namespace, settings: dict, out: Path) -> dict:
     labels = runs.choose_labels(args.labels, args.num, run.classes)
     images, seconds = [], 0.0
     preview(run, range(min(2, args.num)), None if labels is None else labels[:2], args.seed, args.bands, **settings)
@@ -176,7 +182,7 @@ def show_previews(run, args, settings, out) -> dict:
             "speed_up": speed_up}
 
 
-def show_refined(run, args, settings, out) -> dict:
+def show_refined(run: runs.Run, args: argparse.Namespace, settings: dict, out: Path) -> dict:
     try:
         numbers = [int(text) for text in args.refine.split(",")]
     except ValueError:
@@ -197,7 +203,7 @@ def show_refined(run, args, settings, out) -> dict:
     return {"what": "refine", "numbers": numbers, "nfe": nfe, "largest_difference": gap}
 
 
-def show_variations(run, args, settings, out) -> dict:
+def show_variations(run: runs.Run, args: argparse.Namespace, settings: dict, out: Path) -> dict:
     if args.vary < 0:
         raise UserError("--vary takes the number of an image, from 0")
     labels = runs.choose_labels(args.labels, args.vary + 1, run.classes)
@@ -217,7 +223,7 @@ def show_variations(run, args, settings, out) -> dict:
     return {"what": "vary", "number": args.vary, "num": args.num, "nfe": nfe, "std": inside, "std_coarse": spread}
 
 
-def show_upsampled(run, args, settings, out) -> dict:
+def show_upsampled(run: runs.Run, args: argparse.Namespace, settings: dict, out: Path) -> dict:
     factor, latent = 2 ** (run.cfg.num_scales - args.bands), run.facts.get("latent")
     if run.cfg.num_scales == 1:
         raise UserError("a run with one band has nothing finer to generate")

@@ -12,6 +12,7 @@ import pickle
 import shutil
 import sys
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -121,7 +122,7 @@ def append_line(file: Path, entry: dict) -> None:
         os.fsync(stream.fileno())
 
 
-def read_lines(files) -> list[dict]:
+def read_lines(files: Iterable[Path]) -> list[dict]:
     """The entries of files of such lines; a line that a kill cut off does not count."""
     found = []
     for file in sorted(files):

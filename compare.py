@@ -9,6 +9,7 @@ LapFlow's --steps (closed form, backward counted as two forwards; the last batch
 again: the same command continues after a stop. Each finished run is one line of --record, and tables are made from it.
 """
 
+import argparse
 import dataclasses
 import json
 import os
@@ -44,6 +45,7 @@ import plan
 import runs
 import sample
 from config import Config, UserError
+from model import MoTDiT
 
 ROOT = Path(__file__).resolve().parent
 
@@ -79,14 +81,14 @@ SHOWN = {"frechet_pixel": ("FD", 3), "precision": ("precision", 3), "recall": ("
          "label_agreement": ("agreement", 3), "nfe": ("NFE", 0)}
 
 
-def variants(args) -> dict:
+def variants(args: argparse.Namespace) -> dict:
     """name -> (settings, the paper's FID or None)."""
     if args.ablation:
         return ABLATIONS[args.ablation]
     return {name: (settings, None) for name, settings in SYSTEMS.items()}
 
 
-def plan_runs(args, out: Path) -> list[tuple[str, Config]]:
+def plan_runs(args: argparse.Namespace, out: Path) -> list[tuple[str, Config]]:
     """The runs of a comparison: (name, configuration), seed by seed. LapFlow, the first variant, sets the FLOPs."""
     given = {"dataset": args.dataset}
     if args.ablation == "space":                            # digits as RGB files, which an autoencoder can encode
@@ -124,7 +126,7 @@ def data_facts(dataset: str) -> tuple[int, int, int]:
     return loaded.channels, len(loaded.classes), loaded.side
 
 
-def network(cfg: Config, facts: tuple):
+def network(cfg: Config, facts: tuple) -> MoTDiT:
     channels, classes, side = facts
     if cfg.space == "latent":                               # of docs/tiny_vae.py
         channels, side = 4, side // 2
@@ -163,8 +165,8 @@ def finished(lines: list[dict], cfg: Config, what: str) -> dict | None:
                 None)
 
 
-def train_one(name: str, settings: dict, cfg: Config, commit: str, children: list, args, record: Path, facts: tuple,
-              threads: int) -> None:
+def train_one(name: str, settings: dict, cfg: Config, commit: str, children: list, args: argparse.Namespace,
+              record: Path, facts: tuple, threads: int) -> None:
     """One run, in a process of its own, and its line."""
     flags = command_of(cfg, args.device)
     log = Path(cfg.out + ".log")
@@ -189,7 +191,8 @@ def train_one(name: str, settings: dict, cfg: Config, commit: str, children: lis
     print(f"{name:30s} seed {cfg.seed}: FD {scores['frechet_pixel']:.4f}", flush=True)
 
 
-def measure_times(planned, args, record: Path, rounds: int = 3, count: int = 250) -> None:
+def measure_times(planned: list[tuple[str, Config]], args: argparse.Namespace, record: Path, rounds: int = 3,
+                  count: int = 250) -> None:
     """Seconds per image of each variant's first seed: in turn, alone on the machine, medians over the rounds."""
     lines, ready = checkpoint.read_lines([record]), []
     for name, cfg in planned:
@@ -327,7 +330,7 @@ def gathered(lines: list[dict], wanted: dict) -> tuple[dict, dict]:
             {name: found[0]["seconds_per_image"] for name, found in times.items() if found})
 
 
-def main(args) -> None:
+def main(args: argparse.Namespace) -> None:
     if args.seeds < 1 or args.jobs < 1 or (args.steps is not None and args.steps < 1):
         raise UserError("--seeds, --steps and --jobs must be at least 1")
     if args.dataset == "photos" and args.ablation in ("space", "scales", "starts"):

@@ -35,7 +35,7 @@ def first_line(problem: Exception) -> str:
     return f"{kind}: {said}" if said and isinstance(problem, KeyError) else said or kind
 
 
-def option(default, help, free=False):
+def option(default: str | int | float | tuple, help: str, free: bool = False) -> dataclasses.Field:
     """A setting. A free one does not change what is trained: it may differ when a run is continued."""
     return dataclasses.field(default=default, metadata={"help": help, "free": free})
 
@@ -172,13 +172,13 @@ class Config:
         return cls(**values)
 
 
-def _is(kind, value) -> bool:
+def _is(kind: type, value: object) -> bool:
     if isinstance(value, bool) or kind is bool:
         return kind is bool and isinstance(value, bool)
     return isinstance(value, (int, float) if kind is float else kind)
 
 
-def _kind_name(kind) -> str:
+def _kind_name(kind: type) -> str:
     return {str: "text", int: "a whole number", float: "a number", bool: "true or false"}.get(kind, "a list of numbers")
 
 

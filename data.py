@@ -11,6 +11,7 @@ Two rules make runs repeatable:
 import math
 import os
 import random
+from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -21,7 +22,7 @@ import torch
 
 import checkpoint
 import sources
-from config import UserError, first_line
+from config import Config, UserError, first_line
 
 # ---------------------------------------------------------------------------------------------------------------------
 # randomness
@@ -30,7 +31,8 @@ from config import UserError, first_line
 class BatchRandom:
     """Random numbers of one training step: drawn for `batch` examples, of which this process keeps `rows`."""
 
-    def __init__(self, seed: int, step: int, batch: int, rows: slice | None = None, device="cpu"):
+    def __init__(self, seed: int, step: int, batch: int, rows: slice | None = None,
+                 device: torch.device | str = "cpu"):
         self.rows, self.batch, self.device = rows or slice(0, batch), batch, device
         # torch's CPU generator reads 32 bits of its seed: consecutive steps of one run must differ in those
         self.generator = torch.Generator(device).manual_seed((seed * 1_000_003 + step) % 2**63)
@@ -56,7 +58,7 @@ class BatchRandom:
 class ImageRandom:
     """Gaussians of the images with the given numbers: image i draws from a generator seeded by (seed, i)."""
 
-    def __init__(self, seed: int, numbers, device="cpu"):
+    def __init__(self, seed: int, numbers: Iterable[int], device: torch.device | str = "cpu"):
         self.generators = [np.random.Generator(np.random.Philox(key=[seed, int(i)])) for i in numbers]
         self.device = device
 
@@ -78,7 +80,7 @@ def order(count: int, seed: int, start: int, length: int) -> np.ndarray:
                            for e in np.unique(places // count)])
 
 
-def read_step(dataset, cfg, step: int, rows: list[slice]) -> list:
+def read_step(dataset: "Dataset", cfg: Config, step: int, rows: list[slice]) -> list[tuple]:
     """(raw, y) of each of the given rows of the global batch. Which images a step takes, and which of them are
     mirrored, depends on the seed and the step alone."""
     index = order(len(dataset), cfg.seed, step * cfg.batch, cfg.batch)
@@ -86,7 +88,8 @@ def read_step(dataset, cfg, step: int, rows: list[slice]) -> list:
     return [dataset.read(index[part], u[part]) for part in rows]
 
 
-def read_ahead(dataset, cfg, step: int, rows: list[slice], pin: bool = False):
+def read_ahead(dataset: "Dataset", cfg: Config, step: int, rows: list[slice],
+               pin: bool = False) -> Generator[list[tuple], None, None]:
     """Yields, for steps step, step + 1, ..., a list with (raw, y) of each of the given rows of the global batch.
 
     A thread reads one step ahead; pin=True puts the tensors into memory that a GPU copies from by itself.
@@ -155,7 +158,7 @@ class Images:
             raw = np.where(u[:, 0].reshape(-1, 1, 1, 1) < 0.5, raw[..., ::-1], raw)
         return torch.from_numpy(raw), torch.from_numpy(self.labels[index]) if self.classes else None
 
-    def x1(self, raw: torch.Tensor, rng=None) -> torch.Tensor:
+    def x1(self, raw: torch.Tensor, rng: BatchRandom | None = None) -> torch.Tensor:
         return raw.float() / 127.5 - 1
 
     def reference(self, count: int, seed: int = 0) -> tuple[torch.Tensor, np.ndarray]:
@@ -234,7 +237,7 @@ class Latents:
             return self.moments[place[0], place[1]], y
         return torch.from_numpy(self.moments[index, mirrored]), y                   # (B, 2C, h, w)
 
-    def x1(self, raw: torch.Tensor, rng) -> torch.Tensor:
+    def x1(self, raw: torch.Tensor, rng: BatchRandom) -> torch.Tensor:
         mean, std = raw.float().chunk(2, dim=1)                                     # (B, C, h, w) each
         return (mean + std * rng.randn(*mean.shape[1:]) - self.shift) * self.scale
 
@@ -244,6 +247,9 @@ class Latents:
         raw, _ = self.read(index, np.ones((len(index), 3)))
         mean = raw.to(self.shift.device).float().chunk(2, dim=1)[0]
         return (mean - self.shift) * self.scale, self.labels[self.valid[index]]
+
+
+Dataset = Images | Photos | Latents
 
 
 def digits() -> Images:
@@ -294,7 +300,7 @@ def read_all(source: sources.Source, resolution: int, flip: bool, skip_bad: bool
                   source.fingerprint)
 
 
-def open_latents(cfg) -> Latents:
+def open_latents(cfg: Config) -> Latents:
     """The latent cache of a configuration. Raises UserError when it is missing, unfinished or of something else."""
     folder = Path(cfg.latents)
     wanted = f"--dataset {cfg.dataset} --res {cfg.res} --vae {cfg.vae}"
@@ -359,13 +365,13 @@ def what_is_wrong(facts: dict, latent: dict | None) -> list[str]:
     return wrong
 
 
-def facts(dataset) -> dict:
+def facts(dataset: Dataset) -> dict:
     """What a checkpoint remembers of its data: a run continues only on the same, and sample.py needs no more."""
     return {"channels": dataset.channels, "side": dataset.side, "classes": dataset.classes, "count": len(dataset),
             "fingerprint": dataset.fingerprint, "latent": dataset.latent}
 
 
-def load(cfg) -> Images | Photos | Latents:
+def load(cfg: Config) -> Dataset:
     """The data set of a configuration. Raises UserError when it is unknown, missing or does not fit."""
     if cfg.data and cfg.dataset in ("digits", "photos"):
         raise UserError(f"--data {cfg.data} is of no use to the dataset {cfg.dataset}: add --dataset folder")

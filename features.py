@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 import runs
 from config import UserError, first_line
+from ranks import Ranks
 
 INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
@@ -38,7 +39,7 @@ CODECS = ("none", "jpeg")
 class Pixels:
     name, identity = "pixels", "pixels averaged to 8 x 8, in [0, 1]"
 
-    def __call__(self, images: np.ndarray):
+    def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         return pixel_features(images).astype(np.float32), None
 
 
@@ -57,7 +58,7 @@ class Inception:
 
     name = "inception"
 
-    def __init__(self, file: str = "", device="cpu", trust: bool = False):
+    def __init__(self, file: str = "", device: torch.device | str = "cpu", trust: bool = False):
         path = Path(file) if file else download_inception()
         if not path.is_file():
             raise UserError(f"there is no Inception file {str(path)!r}; get it from {INCEPTION_URL}")
@@ -70,7 +71,7 @@ class Inception:
         self.identity, self.device = f"inception {digest}", device
 
     @torch.no_grad()
-    def __call__(self, images: np.ndarray):
+    def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         x = torch.from_numpy(rgb(images)).permute(0, 3, 1, 2).to(self.device)
         features = self.network(x, return_features=True)
         probabilities = self.network(x, no_output_bias=True)                        # as the inception score is defined
@@ -85,7 +86,7 @@ class DINOv2:
 
     name = "dinov2"
 
-    def __init__(self, file: str = "", device="cpu", trust: bool = False):
+    def __init__(self, file: str = "", device: torch.device | str = "cpu", trust: bool = False):
         self.device = device
         if file:
             if not trust:
@@ -105,7 +106,7 @@ class DINOv2:
         self.identity = DINOV2
 
     @torch.no_grad()
-    def __call__(self, images: np.ndarray):
+    def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         from PIL import Image
 
         small = [np.asarray(Image.fromarray(i).resize((224, 224), Image.Resampling.BICUBIC)) for i in rgb(images)]
@@ -115,7 +116,10 @@ class DINOv2:
         return self.network((x - mean) / std).float().cpu().numpy(), None
 
 
-def load_script(path: Path, device):
+Extractor = Pixels | Inception | DINOv2
+
+
+def load_script(path: Path, device: torch.device | str) -> torch.nn.Module:
     """A TorchScript file, whose hash has been checked. Raises UserError when it is none."""
     try:
         return torch.jit.load(path, map_location=device).eval()
@@ -123,7 +127,7 @@ def load_script(path: Path, device):
         raise UserError(f"{path} is no TorchScript file: {first_line(problem)}") from None
 
 
-def load_extractor(name: str, file: str = "", device="cpu", trust: bool = False):
+def load_extractor(name: str, file: str = "", device: torch.device | str = "cpu", trust: bool = False) -> Extractor:
     """One of EXTRACTORS. Raises UserError when it is unknown or not at hand."""
     runs.full_float32()
     if name == "pixels":
@@ -218,7 +222,7 @@ class Statistics:
         mask[np.random.default_rng(0).permutation(self.total)[:KEEP]] = True
         return mask
 
-    def gather(self, ranks) -> "Statistics":
+    def gather(self, ranks: Ranks) -> "Statistics":
         """The statistics of all processes together, in the first one."""
         parts = ranks.gather((self.count, self.sum, self.products, self.features, self.probabilities))
         joined = Statistics(self.how, self.total)

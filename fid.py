@@ -13,6 +13,7 @@ With --ref: Frechet distance, precision, recall and KID on the reference's featu
 the inception score, in one pass over the images. All of them depend on the number of images: compare only equal n.
 """
 
+import argparse
 import dataclasses
 import json
 import math
@@ -23,6 +24,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import config
@@ -68,7 +70,7 @@ from ranks import Ranks
 # distances between sets of features (N, D)
 
 
-def frechet_distance(mean_1, cov_1, mean_2, cov_2) -> float:
+def frechet_distance(mean_1: np.ndarray, cov_1: np.ndarray, mean_2: np.ndarray, cov_2: np.ndarray) -> float:
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (Heusel et al. 2017), in float64.
 
     tr (C1 C2)^(1/2) is the sum of the roots of the eigenvalues of C1^(1/2) C2 C1^(1/2), which is symmetric: the result
@@ -88,7 +90,7 @@ def _distances(a: np.ndarray, b: np.ndarray) -> torch.Tensor:
     return torch.cdist(a, b, compute_mode=f"{'donot_' if exact else ''}use_mm_for_euclid_dist")
 
 
-def _coverage(points, centres, k: int) -> float:
+def _coverage(points: np.ndarray, centres: np.ndarray, k: int) -> float:
     """Share of `points` that lie within the distance of a centre to its own k-th nearest other centre."""
     if len(centres) <= k or not len(points):
         raise UserError(f"precision and recall with k = {k} need more than {k} images on both sides")
@@ -99,17 +101,18 @@ def _coverage(points, centres, k: int) -> float:
     return torch.cat(inside).double().mean().item()
 
 
-def precision(*, real, fake, k: int = 3) -> float:
+def precision(*, real: np.ndarray, fake: np.ndarray, k: int = 3) -> float:
     """Share of the fake features inside the k-nearest-neighbour manifold of the real (Kynkaanniemi et al. 2019)."""
     return _coverage(np.asarray(fake), np.asarray(real), k)
 
 
-def recall(*, real, fake, k: int = 3) -> float:
+def recall(*, real: np.ndarray, fake: np.ndarray, k: int = 3) -> float:
     """Share of the real features inside the k-nearest-neighbour manifold of the fake (Kynkaanniemi et al. 2019)."""
     return _coverage(np.asarray(real), np.asarray(fake), k)
 
 
-def kid(real, fake, subsets: int = 100, size: int = 1000, seed: int = 0) -> tuple[float, float]:
+def kid(real: np.ndarray, fake: np.ndarray, subsets: int = 100, size: int = 1000,
+        seed: int = 0) -> tuple[float, float]:
     """Kernel distance (Binkowski et al. 2018): unbiased MMD^2 with the kernel (x y / D + 1)^3, mean and standard
     deviation over random subsets of both sides. Raises UserError when a side has fewer images than a subset."""
     real, fake = (torch.as_tensor(np.asarray(x), dtype=torch.float64) for x in (real, fake))
@@ -137,7 +140,8 @@ def inception_score(probabilities: np.ndarray, splits: int = 10, seed: int = 0) 
     return float(np.mean(values)), float(np.std(values))
 
 
-def sliced_wasserstein(real, fake, patches: int = 32, directions: int = 512, seed: int = 0) -> dict[int, float]:
+def sliced_wasserstein(real: np.ndarray, fake: np.ndarray, patches: int = 32, directions: int = 512,
+                       seed: int = 0) -> dict[int, float]:
     """Distance of 7 x 7 patches at each pyramid level, x 1000, by the side of the level (Karras et al. 2018, App. B).
 
     real, fake: images uint8 (N, H, W, C), as many of both as the smaller set has. The levels are those of pyramid.py,
@@ -183,7 +187,7 @@ def statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return features.mean(axis=0), np.cov(features, rowvar=False)
 
 
-def class_scores(real, real_labels, fake, fake_labels) -> dict:
+def class_scores(real: np.ndarray, real_labels: np.ndarray, fake: np.ndarray, fake_labels: np.ndarray) -> dict:
     """How often a support-vector classifier of real images agrees with the label asked for, and the mean over classes
     of the variance of the generated images over that of the real ones."""
     from sklearn.svm import SVC
@@ -198,13 +202,13 @@ def class_scores(real, real_labels, fake, fake_labels) -> dict:
     return scores
 
 
-def nearest(points, others, same: bool = False) -> float:
+def nearest(points: np.ndarray, others: np.ndarray, same: bool = False) -> float:
     """Median distance of a point to the nearest of the others; same=True leaves out the point itself."""
     parts = np.array_split(points, -(-len(points) // 1000))
     return torch.cat([_distances(p, others).kthvalue(2 if same else 1, dim=1).values for p in parts]).median().item()
 
 
-def score(real, real_labels, fake, fake_labels=None) -> dict:
+def score(real: np.ndarray, real_labels: np.ndarray, fake: np.ndarray, fake_labels: np.ndarray | None = None) -> dict:
     """All scores of fake images against real ones; images uint8 (N, H, W, C), labels (N,) or None."""
     a, b = pixel_features(real), pixel_features(fake)
     if len(b) < 5 or len(a) < 5:
@@ -231,7 +235,7 @@ MEANING = {
 }
 
 
-def evaluate(dataset, images: np.ndarray, labels: np.ndarray | None, decode) -> dict:
+def evaluate(dataset: data.Dataset, images: np.ndarray, labels: np.ndarray | None, decode: Callable) -> dict:
     """Scores of generated images against the training set and, under "real", of as many real ones (at most half of
     them) against the remaining ones: what a perfect generator would get.
 
@@ -335,7 +339,8 @@ def compare(statistics: features.Statistics, reference: features.Reference, forc
     return scores
 
 
-def statistics_of(batches, extractor, how: dict, total: int, ranks) -> features.Statistics:
+def statistics_of(batches: Iterable[tuple[int, np.ndarray]], extractor: Callable, how: dict, total: int,
+                  ranks: Ranks) -> features.Statistics:
     """One pass over (first, images) of this process: the statistics of all of them together, in the first process."""
     result = features.Statistics(how, total)
     with tqdm(total=total, desc="features", unit="img", leave=False, disable=not ranks.first) as bar:
@@ -345,7 +350,7 @@ def statistics_of(batches, extractor, how: dict, total: int, ranks) -> features.
     return result.gather(ranks)
 
 
-def load_extractor(args, name: str, ranks):
+def load_extractor(args: argparse.Namespace, name: str, ranks: Ranks) -> features.Extractor:
     """The extractor; the first process downloads what is missing before the others look for it."""
     def load():
         return features.load_extractor(name, args.extractor_file, ranks.device, args.trust)
@@ -354,7 +359,7 @@ def load_extractor(args, name: str, ranks):
     return load()
 
 
-def make_reference(args, ranks) -> None:
+def make_reference(args: argparse.Namespace, ranks: Ranks) -> None:
     """python fid.py ref: statistics of real images."""
     source = sources.open_source(args.dataset, args.data, args.split)
     extractor = load_extractor(args, args.extractor or "inception", ranks)
@@ -373,7 +378,7 @@ def make_reference(args, ranks) -> None:
               f"codec {args.codec}")
 
 
-def against_reference(args, ranks) -> None:
+def against_reference(args: argparse.Namespace, ranks: Ranks) -> None:
     """python fid.py WHAT --ref FILE: one set of files, or --repeat sets of a run. Appends a line of results."""
     reference, what = features.load_reference(args.ref), args.what
     known = reference.how.get("extractor", "").split(" ")[0]
@@ -439,7 +444,7 @@ def is_run(folder: Path) -> bool:
     return any(folder.glob("step-*.pt")) or (folder / "model.safetensors").exists()
 
 
-def main(args) -> None:
+def main(args: argparse.Namespace) -> None:
     config.check_sampling_flags(args, least=5)
     check_record(args.record)
     if args.repeat < 1 or args.res < 1:
@@ -454,7 +459,7 @@ def main(args) -> None:
         against_training_data(args)
 
 
-def against_training_data(args) -> None:
+def against_training_data(args: argparse.Namespace) -> None:
     """python fid.py [WHAT]: the scores that need no download. A folder or .npz belongs to the newest run."""
     files = args.what is not None and Path(args.what).exists() and not is_run(Path(args.what))
     run = runs.load_run(None if files else args.what, args.raw, args.device, args.vae)

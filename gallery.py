@@ -11,6 +11,7 @@ A batch is written, and then noted in a file of the process that wrote it; a sto
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,16 @@ import pictures
 import runs
 import sources
 from config import UserError, first_line
+from ranks import Ranks
 
 
 class Gallery:
-    """A directory of samples. job: everything that decides what is drawn; only an equal one is continued."""
+    """A directory of samples. job: everything that decides what is drawn; only an equal one is continued.
 
-    def __init__(self, out: Path, job: dict, format: str, ranks):
+    ranks: None to read what is there.
+    """
+
+    def __init__(self, out: Path, job: dict, format: str, ranks: Ranks | None):
         self.out, self.job, self.format, self.ranks = out, {**job, "format": format}, format, ranks
 
     def prepare(self, chunks: list[range]) -> list[range]:
@@ -111,7 +116,7 @@ def or_none(labels: np.ndarray | None, count: int) -> np.ndarray:
     return np.full(count, -1) if labels is None else labels
 
 
-def read_npz(file) -> tuple[np.ndarray, np.ndarray]:
+def read_npz(file: Path) -> tuple[np.ndarray, np.ndarray]:
     """`images` uint8 (N, H, W, C) and `labels` (N,) of an .npz. Raises UserError when it holds none.
 
     Also ADM's sample files, whose images are arr_0 and labels arr_1.
@@ -177,7 +182,7 @@ def open_samples(where: Path, batch: int = 250, finished: bool = True) -> tuple[
     return len(source), [(first, lambda first=first: read(first)) for first in range(0, len(source), batch)]
 
 
-def read_samples(where: Path, batch: int = 250, finished: bool = True):
+def read_samples(where: Path, batch: int = 250, finished: bool = True) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields (images, labels) of open_samples, one batch after the other."""
     for _, read in open_samples(where, batch, finished)[1]:
         yield read()

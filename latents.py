@@ -15,6 +15,7 @@ The same command continues after a stop or a kill; what was written stays. The c
 The latents that a model sees are (z - shift) * scale per channel, both from the VAE's own configuration.
 """
 
+import argparse
 import hashlib
 import json
 import os
@@ -60,7 +61,7 @@ class Autoencoder:
 
     PIXELS = 2**20                                          # at a time: one image of 1024 x 1024; bounds the memory
 
-    def __init__(self, name: str, device, precision: str = "float32", expect: dict | None = None):
+    def __init__(self, name: str, device: torch.device | str, precision: str = "float32", expect: dict | None = None):
         from diffusers import AutoencoderKL
 
         folder = Path(name)
@@ -183,7 +184,8 @@ class Cache:
         return header
 
 
-def encode_chunk(source, numbers: range, images: list, vae: Autoencoder, device, skip_bad: bool):
+def encode_chunk(source: sources.Source, numbers: range, images: list, vae: Autoencoder, device: torch.device,
+                 skip_bad: bool) -> tuple[np.ndarray, dict]:
     """Moments (B, 2, 2C, h, w) float16 of some images and their mirror images, and a note about them."""
     pixels = np.stack([image for image, _ in images])                               # (B, 3, R, R)
     bad = {i: why for i, (_, why) in zip(numbers, images, strict=True) if why}
@@ -203,8 +205,8 @@ def encode_chunk(source, numbers: range, images: list, vae: Autoencoder, device,
     return both.half().numpy(), note
 
 
-def encode(dataset: str, res: int, where: str, vae_name: str, out: Path, split="train", batch=16, precision="float32",
-           workers=4, skip_bad=False, device=None) -> dict:
+def encode(dataset: str, res: int, where: str, vae_name: str, out: Path, split: str = "train", batch: int = 16,
+           precision: str = "float32", workers: int = 4, skip_bad: bool = False, device: str | None = None) -> dict:
     """Encodes a data set into `out`, or goes on with it. Returns the header. Raises UserError for what goes wrong."""
     ranks = processes.Ranks.start(device)
     try:
@@ -257,7 +259,7 @@ def encode(dataset: str, res: int, where: str, vae_name: str, out: Path, split="
         ranks.stop()
 
 
-def main(args) -> None:
+def main(args: argparse.Namespace) -> None:
     if args.res < 8 or args.batch < 1:
         raise UserError("--res must be at least 8 and --batch at least 1")
     vae = args.vae or config.standard_vae(args.res)

@@ -19,6 +19,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ import checkpoint
 import data
 import plan
 from config import Config, UserError
+from model import MoTDiT
 from ranks import Ranks
 
 BINS = 10
@@ -36,7 +38,7 @@ PATIENCE = 10                                               # steps in a row tha
 class Metrics:
     """Adds up on the device; waits for it, and for the other processes, only when a line is written."""
 
-    def __init__(self, cfg: Config, out: Path, step: int, ranks: Ranks, model, epoch: int):
+    def __init__(self, cfg: Config, out: Path, step: int, ranks: Ranks, model: MoTDiT, epoch: int):
         """Lines of steps after `step`, left by a run that was killed after its last checkpoint, are dropped."""
         self.cfg, self.out, self.ranks, self.model, self.epoch = cfg, out, ranks, model, epoch
         self.file, self.logger = out / "metrics.jsonl", None
@@ -76,7 +78,7 @@ class Metrics:
         self.steps.append((step, len(self.rows)))
         self.norms.append(torch.stack([grad_norm, bad]))
 
-    def waiting_for(self, batches):
+    def waiting_for(self, batches: Iterator[list]) -> list:
         """The next of them; the time until it is there counts as waiting for data."""
         began = time.perf_counter()
         batch = next(batches)
@@ -87,7 +89,7 @@ class Metrics:
         """Leaves out the time since `began`, of a checkpoint or of samples."""
         self.began += time.perf_counter() - began
 
-    def write(self, lr: float, culprits=lambda step: []) -> dict:
+    def write(self, lr: float, culprits: Callable = lambda step: []) -> dict:
         """One line for the steps since the last. Steps that were not applied are named, with band and times, and left
         out; after PATIENCE of them in a row: UserError. culprits(step): which images of this process did it."""
         rows = self.ranks.sum(torch.stack(self.rows)).double().cpu()                # waits for device and processes
@@ -123,7 +125,7 @@ class Metrics:
         self.clear()
         return line
 
-    def complain(self, step: int, row: list, norm: float, culprits) -> None:
+    def complain(self, step: int, row: list, norm: float, culprits: Callable) -> None:
         """Names a step that was not applied, or raises UserError when it was one too many. All processes are here."""
         scales = self.cfg.num_scales
         bins = [row[2 * scales + 1 + i * BINS :][:BINS] for i in range(scales)]
@@ -163,7 +165,7 @@ def ratio(total: float, count: float) -> float | None:
     return total / count if count else None
 
 
-def open_logger(cfg: Config, out: Path):
+def open_logger(cfg: Config, out: Path) -> Callable | None:
     """A function that takes a line of metrics, or None. Raises UserError when the package is missing; never asks."""
     if not cfg.logger:
         return None

@@ -13,7 +13,7 @@ The mask is never built: the keys band i may read are a prefix of all keys, so o
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from config import UserError
@@ -42,7 +42,7 @@ def parse_size(size: str | tuple) -> tuple[int, int, int, int]:
     return hidden_size, depth, num_heads, patch
 
 
-def sincos_positions(hidden_size: int, grid: int) -> torch.Tensor:
+def sincos_positions(hidden_size: int, grid: int) -> Tensor:
     """2-D sin-cos position of every token of a grid x grid band, (grid^2, D): half of D for rows, half for columns."""
     place = torch.arange(grid, dtype=torch.float64)                                         # (grid,)
     omega = 10000 ** (-torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size // 4))
@@ -53,24 +53,24 @@ def sincos_positions(hidden_size: int, grid: int) -> torch.Tensor:
     return torch.cat([rows, columns], dim=2).reshape(grid * grid, hidden_size).float()
 
 
-def patchify(x: torch.Tensor, p: int) -> torch.Tensor:
+def patchify(x: Tensor, p: int) -> Tensor:
     """(B, C, H, W) -> (B, N, C p^2) with N = H W / p^2, row by row."""
     b, c, h, w = x.shape
     return x.view(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // p**2, c * p * p)
 
 
-def unpatchify(x: torch.Tensor, p: int, h: int, w: int) -> torch.Tensor:
+def unpatchify(x: Tensor, p: int, h: int, w: int) -> Tensor:
     """(B, N, C p^2) -> (B, C, H, W): the inverse of `patchify`."""
     b, _, d = x.shape
     c = d // p**2
     return x.view(b, h // p, w // p, c, p, p).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
 
 
-def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale) + shift
 
 
-def attention(q: list, k: list, v: list, mask: str, num_cond: int) -> list:
+def attention(q: list[Tensor], k: list[Tensor], v: list[Tensor], mask: str, num_cond: int) -> list[Tensor]:
     """One softmax attention over the tokens of all active bands; lists over bands of (B, nh, N_i, hd).
 
     causal: band i reads bands 0..i.   none: every band reads all.   self: band i reads itself and the num_cond
@@ -107,11 +107,11 @@ class TimestepEmbedder(nn.Module):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
-    def forward(self, t):
+    def forward(self, t: Tensor) -> Tensor:
         with torch.autocast(t.device.type, enabled=False):  # float32, whatever the blocks compute in
             return self.embed(t)
 
-    def embed(self, t):
+    def embed(self, t: Tensor) -> Tensor:
         omega = 10000 ** (-torch.arange(128, dtype=torch.float32, device=t.device) / 128)
         angle = self.TIME_SCALE * t.float()[:, None] * omega                        # (B, 128)
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))               # (B, D)
@@ -138,7 +138,7 @@ class MoTBlock(nn.Module):
             nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(approximate="tanh"), nn.Linear(4 * d, d)) for _ in range(full)
         )
 
-    def forward(self, xs, c, num_cond):
+    def forward(self, xs: list[Tensor], c: Tensor, num_cond: int) -> list[Tensor]:
         """xs: a list over the active bands of (B, N_i, D); c: (B, D), after its SiLU."""
         own = [i % len(self.proj) for i in range(len(xs))]                          # which expert band i uses
         parts = [m(c)[:, None].chunk(6, dim=-1) for m in self.modulation[: len(xs)]]    # 6 x (B, 1, D) each
@@ -166,7 +166,7 @@ class FinalLayer(nn.Module):
         self.modulation = nn.Linear(hidden_size, 2 * hidden_size)
         self.linear = nn.Linear(hidden_size, patch_dim)
 
-    def forward(self, x, c):
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.modulation(c)[:, None].chunk(2, dim=-1)
         return self.linear(modulate(self.norm(x), shift, scale))                    # (B, N_i, C p^2)
 
@@ -186,8 +186,8 @@ class MoTDiT(nn.Module):
     Raises UserError for a size, a resolution or an option that does not work. The untrained model returns zeros.
     """
 
-    def __init__(self, size="B/2", in_channels=4, resolution=32, num_scales=2, num_classes=0, experts="full",
-                 mask="causal", condition_tokens=True):
+    def __init__(self, size: str | tuple = "B/2", in_channels: int = 4, resolution: int = 32, num_scales: int = 2,
+                 num_classes: int = 0, experts: str = "full", mask: str = "causal", condition_tokens: bool = True):
         super().__init__()
         d, depth, num_heads, p = parse_size(size)
         for name, value, choices in (("experts", experts, EXPERTS), ("mask", mask, MASKS)):
@@ -235,7 +235,7 @@ class MoTDiT(nn.Module):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, bands: list, t: torch.Tensor, y: torch.Tensor | None = None) -> list:
+    def forward(self, bands: list[Tensor], t: Tensor, y: Tensor | None = None) -> list[Tensor]:
         """Velocities of a prefix of bands, each (B, C, H_i, W_i), at times t (B,) in [0, 1], for labels y (B,).
 
         y is None for an unconditional model, and means the null label for a conditional one.
@@ -251,7 +251,7 @@ class MoTDiT(nn.Module):
             for i, (x, band) in enumerate(zip(xs, bands, strict=True))
         ]
 
-    def trunk(self, xs: list, time: torch.Tensor, y: torch.Tensor | None) -> tuple[list, torch.Tensor]:
+    def trunk(self, xs: list[Tensor], time: Tensor, y: Tensor | None) -> tuple[list[Tensor], Tensor]:
         """Condition tokens and all blocks. xs: for each band (B, N_i, D); time (B, D). Returns xs, and c (B, D)."""
         b, c, tokens = len(time), time, [time[:, None]]
         if self.label is not None:

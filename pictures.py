@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
@@ -20,7 +21,7 @@ def band_name(i: int, num_scales: int) -> str:
     return "coarse" if i == 0 else "fine" if i == num_scales - 1 else between
 
 
-def pyplot():
+def pyplot() -> ModuleType:
     """matplotlib.pyplot, set to write files (no window, no display needed), in the style of this project: opaque white,
     so that a page in dark mode shows the same picture."""
     import matplotlib

@@ -16,6 +16,7 @@ import torch
 import data
 import sources
 from config import CELEBAHQ, IMAGENET, PRESETS, Config, UserError, find_row, show
+from model import MoTDiT
 from runs import build_model, peak_memory
 
 VAE_PARAMETERS = 83_653_863                                 # the autoencoder of Stable Diffusion; EQ-VAE is the same
@@ -78,7 +79,7 @@ def too_large(model, cfg: Config, micro_batch: int, ranks) -> UserError:
                      f"the estimate was {need:.1f} GB): {way}")
 
 
-def meta_model(cfg: Config, channels: int, num_classes: int, side: int):
+def meta_model(cfg: Config, channels: int, num_classes: int, side: int) -> MoTDiT:
     with torch.device("meta"):
         return build_model(cfg, channels, num_classes, side)
 

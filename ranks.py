@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,8 @@ import torch.distributed.nn  # noqa: F401  (before a group exists: see Ranks.sto
 from torch.distributed.rendezvous import rendezvous
 
 from config import UserError
+
+T = TypeVar("T")                                            # whatever the processes hand on
 
 # A process that hangs ends the others after this long. One that dies ends them at once: torchrun stops them.
 TIMEOUT = timedelta(minutes=float(os.environ.get("LAPFLOW_TIMEOUT_MINUTES", 30)))
@@ -101,7 +104,7 @@ class Ranks:
             dist.all_reduce(value, dist.ReduceOp.MIN)
         return value.item()
 
-    def gather(self, value) -> list:
+    def gather(self, value: T) -> list[T]:
         """The values of all processes, in their order, for the first one; the others get []."""
         if self.world == 1:
             return [value]
@@ -109,7 +112,7 @@ class Ranks:
         dist.gather_object(value, values)
         return values or []
 
-    def share(self, value):
+    def share(self, value: T) -> T:
         """The first process's value, for all."""
         values = [value if self.first else None]
         if self.world > 1:
@@ -119,7 +122,7 @@ class Ranks:
     def barrier(self) -> None:
         self.any(False)
 
-    def first_does(self, work: Callable):
+    def first_does(self, work: Callable[[], T]) -> T | None:
         """The first process works and the others wait; when it fails, it says why and all end. Returns its result."""
         result = problem = None
         if self.first:
@@ -146,7 +149,7 @@ class Ranks:
         return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
 
 
-def fresh_part(store, rank: int, world: int):
+def fresh_part(store: dist.Store, rank: int, world: int) -> dist.Store:
     """The part of torchrun's store that belongs to the processes of this attempt.
 
     torchrun keeps one store over restarts, so a new process may read the address of a dead one there and wait for it

@@ -8,6 +8,7 @@ An export comes from anybody: it holds plain data, and no path in it is followed
 `python sample.py X` takes either, or an export on the Hugging Face hub: OWNER/NAME or OWNER/NAME@REVISION.
 """
 
+import argparse
 import dataclasses
 import hashlib
 import json
@@ -81,7 +82,7 @@ class Run:
         return hashlib.sha256(b"".join(tensors)).hexdigest()[:16]
 
     @cached_property
-    def autoencoder(self):
+    def autoencoder(self) -> latents.Autoencoder:
         """That of the latents, loaded when the first one is decoded. Raises UserError when it is another one now."""
         return latents.Autoencoder(self.cfg.vae, self.device, expect=self.facts["latent"])
 
@@ -130,7 +131,7 @@ def load_run(name: str | None = None, raw: bool = False, device: str | None = No
     return Run(cfg, model, facts, folder, state["step"], weights)
 
 
-def load_weights(model: torch.nn.Module, weights: dict, where) -> None:
+def load_weights(model: torch.nn.Module, weights: dict, where: Path | str) -> None:
     """Raises UserError, naming the first that is wrong, when the weights do not fit."""
     check_weights(model, weights, where)
     try:
@@ -139,7 +140,7 @@ def load_weights(model: torch.nn.Module, weights: dict, where) -> None:
         raise UserError(f"the weights in {where} cannot be used: {first_line(problem)}") from None
 
 
-def check_weights(model: torch.nn.Module, weights: dict, where) -> None:
+def check_weights(model: torch.nn.Module, weights: dict, where: Path | str) -> None:
     own = model.state_dict()
     for name in [*own, *weights]:
         if name not in own or not isinstance(weights.get(name), torch.Tensor) or own[name].shape != weights[name].shape:
@@ -190,7 +191,7 @@ def check_guidance(cfg: Config, cfg_scale: float, classes: list[str]) -> None:
         raise UserError("guidance needs a null label, but this run has --label-drop 0: leave out the guidance scale")
 
 
-def solver_settings(cfg: Config, args=None) -> dict:
+def solver_settings(cfg: Config, args: argparse.Namespace | None = None) -> dict:
     """Solver, tolerances, steps and guidance: those of the run, unless the command line gives others."""
     given = {} if args is None else {k: v for k, v in vars(args).items() if v is not None}
     solver = given.get("solver", cfg.solver)

@@ -12,9 +12,11 @@ Image i depends on the seed and on i alone. The fixed-step solvers keep that up 
 steps for a whole batch at once, so there an image also depends, within the tolerance, on its batch.
 """
 
+import argparse
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -39,6 +41,7 @@ if __name__ == "__main__":                                  # before torch is lo
 
 import numpy as np
 import torch
+from torch import Tensor
 from torchdiffeq import odeint
 from tqdm import tqdm
 
@@ -46,7 +49,7 @@ import baselines
 import data
 import gallery
 import runs
-from config import UserError
+from config import Config, UserError
 from ranks import Ranks
 from runs import Run, load_run
 from schedule import Schedule, loss, noise_bands
@@ -57,12 +60,12 @@ FIXED = {"euler": "euler", "midpoint": "midpoint", "heun": "heun2", "rk2": "heun
 # the method
 
 
-def pack(bands: list) -> torch.Tensor:
+def pack(bands: list[Tensor]) -> Tensor:
     """Bands, each (B, C, H_i, W_i), as one ODE state (B, M)."""
     return torch.cat([band.flatten(1) for band in bands], dim=1)
 
 
-def unpack(state: torch.Tensor, shapes: list) -> list:
+def unpack(state: Tensor, shapes: list) -> list[Tensor]:
     """The inverse of `pack`; shapes (C, H_i, W_i)."""
     parts = state.split([s.numel() for s in shapes], dim=1)
     return [part.reshape(len(state), *shape) for part, shape in zip(parts, shapes, strict=True)]
@@ -85,7 +88,8 @@ def check_solver(solver: str, steps: int | None, flag: str = "--steps") -> None:
         raise UserError(f"the solver {solver} needs a number of steps: add {flag}, for example {flag} 40")
 
 
-def solve(velocity, noise, schedule, solver="dopri5", rtol=1e-5, atol=1e-5, steps=None, norm="batch", jumps=()):
+def solve(velocity: Callable, noise: list[Tensor], schedule, solver: str = "dopri5", rtol: float = 1e-5,
+          atol: float = 1e-5, steps: int | None = None, norm: str = "batch", jumps: tuple = ()) -> tuple[list, int]:
     """Algorithm 2: integrates all bands from t = 0 to 1. Returns the bands at t = 1 and the number of velocity calls.
 
     velocity(bands, t) -> velocities of those bands; t is a scalar tensor, and the bands are 0..j in segment j
@@ -151,16 +155,17 @@ class Guided:
     `calls` counts the calls by side of the finest band, `passes` those of the network for an image: a doubled one is 2.
     """
 
-    def __init__(self, model, cfg_scale: float = 1.0, interval=(0.0, 1.0), precision: str = "float32"):
+    def __init__(self, model: Callable, cfg_scale: float = 1.0, interval: tuple[float, float] = (0.0, 1.0),
+                 precision: str = "float32"):
         self.model, self.cfg_scale, self.interval, self.precision = model, cfg_scale, interval, precision
         self.calls, self.passes = Counter(), 0
 
-    def jumps(self, y) -> tuple:
+    def jumps(self, y: Tensor | None) -> tuple:
         """Times at which this velocity jumps, for `solve`."""
         return self.interval if y is not None and self.cfg_scale != 1 else ()
 
     @torch.no_grad()
-    def __call__(self, bands, t, y):
+    def __call__(self, bands: list[Tensor], t: Tensor, y: Tensor | None) -> list[Tensor]:
         self.calls[bands[-1].shape[-1]] += 1
         with torch.autocast(t.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             if y is None or self.cfg_scale == 1 or not self.interval[0] <= t.flatten()[0] <= self.interval[1]:
@@ -173,7 +178,7 @@ class Guided:
         return [v_null + self.cfg_scale * (v_cond - v_null) for v_cond, v_null in halves]
 
 
-def method(cfg):
+def method(cfg: Config) -> tuple:
     """The system of a configuration: its schedule, and its loss(model, x1, y, schedule, rng) and
     sample(model, n, y, schedule, shape, **solver): LapFlow's, or those of a file in baselines/."""
     if cfg.method == "lapflow":
@@ -183,7 +188,8 @@ def method(cfg):
     return other.schedule(cfg), partial(other.loss, stages=cfg.stages), partial(other.sample, solve=solve)
 
 
-def sample(model, n, y, schedule, shape, noise="pyramid", solve=solve, **solver) -> torch.Tensor:
+def sample(model: Callable, n, y: Tensor | None, schedule: Schedule, shape: tuple[int, int, int],
+           noise: str = "pyramid", solve: Callable = solve, **solver) -> Tensor:
     """Draws x1 (B, C, H, W) with C, H, W = shape.
 
     model(bands, t, y) -> velocities with t (B,); n is a source of Gaussians such as `data.ImageRandom`; y (B,) or None;
@@ -200,8 +206,8 @@ def sample(model, n, y, schedule, shape, noise="pyramid", solve=solve, **solver)
 # images of a trained run
 
 
-def batches(run: Run, chunks: list[range], labels, seed=0, cfg_scale=1.0, interval=(0.0, 1.0), precision="float32",
-            **solver):
+def batches(run: Run, chunks: list[range], labels: np.ndarray | None, seed: int = 0, cfg_scale: float = 1.0,
+            interval: tuple[float, float] = (0.0, 1.0), precision: str = "float32", **solver) -> Iterator[tuple]:
     """Draws the images with the numbers of each chunk; yields (numbers, images uint8 (B, H, W, C), what they cost)."""
     runs.check_guidance(run.cfg, cfg_scale, run.classes)
     runs.full_float32()
@@ -223,7 +229,8 @@ def chunks_of(num: int, batch: int) -> list[range]:
     return [range(first, min(first + batch, num)) for first in range(0, num, batch)]
 
 
-def generate(run: Run, num: int, labels: np.ndarray | None, seed=0, batch=250, progress=True, **settings):
+def generate(run: Run, num: int, labels: np.ndarray | None, seed: int = 0, batch: int = 250, progress: bool = True,
+             **settings) -> tuple[np.ndarray, dict]:
     """Images 0..num-1 of a seed: uint8 (num, H, W, C), and a report of what they cost."""
     images, notes = [], []
     with tqdm(total=num, desc="sampling", unit="img", disable=not progress, leave=False) as bar:
@@ -234,7 +241,7 @@ def generate(run: Run, num: int, labels: np.ndarray | None, seed=0, batch=250, p
     return np.concatenate(images), gallery.report_of(run, notes, seed, batch, settings)
 
 
-def main(args) -> None:
+def main(args: argparse.Namespace) -> None:
     config.check_sampling_flags(args, least=1)
     ranks = Ranks.start(args.device)
     try:

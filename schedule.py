@@ -20,9 +20,11 @@ flow whose noise shrinks with the scale.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from config import NOISES, STAGES, UserError
 from pyramid import decompose, reconstruct
@@ -55,12 +57,12 @@ class Schedule:
         """[(t_start, t_end), ...], one per stage: segment j runs bands 0..j together."""
         return list(zip(self.starts, tuple(self.starts[1:]) + (1.0,), strict=True))
 
-    def coefficients(self, i: int, t: float | torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def coefficients(self, i: int, t: float | Tensor) -> tuple[Tensor, ...]:
         """alpha, sigma, d alpha/dt, d sigma/dt of band i at t in [T_i, 1]: tensors of the shape of t.
 
         linear (the paper's choice) has straight noise; quadratic and cubic bend sigma; gvp is the trigonometric path.
         """
-        t = torch.as_tensor(t, dtype=None if isinstance(t, torch.Tensor) else torch.float64)
+        t = torch.as_tensor(t, dtype=None if isinstance(t, Tensor) else torch.float64)
         rate = 1 / (1 - self.starts[i])                     # d tau / dt
         tau = (t - self.starts[i]) * rate                   # 0 at T_i, 1 at the end
         if self.path == "gvp":
@@ -69,11 +71,11 @@ class Schedule:
         p = {"linear": 1, "quadratic": 2, "cubic": 3}[self.path]
         return tau, (1 - t) ** p, torch.full_like(t, rate), -p * (1 - t) ** (p - 1)
 
-    def enter(self, j: int, bands: list, x0: torch.Tensor) -> list:
+    def enter(self, j: int, bands: list[Tensor], x0: Tensor) -> list[Tensor]:
         """The state as segment j begins: band j joins the others as sigma(T_j) x_0, its exact law at T_j."""
         return [*bands, self.coefficients(j, self.starts[j])[1].to(x0) * x0]
 
-    def interpolate(self, x1: list, x0: list, t: torch.Tensor) -> tuple[list, list]:
+    def interpolate(self, x1: list[Tensor], x0: list[Tensor], t: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """State xt and target velocity v of bands 0..len(x1)-1 (any prefix) at the times t (B,), one per example."""
         xt, v = [], []
         for i, (data, noise) in enumerate(zip(x1, x0, strict=True)):
@@ -83,7 +85,7 @@ class Schedule:
         return xt, v
 
 
-def noise_bands(n, shape: tuple[int, int, int], num_scales: int, kind: str = "pyramid") -> list[torch.Tensor]:
+def noise_bands(n, shape: tuple[int, int, int], num_scales: int, kind: str = "pyramid") -> list[Tensor]:
     """x_0 as bands, for images of shape (C, H, W); n is a source of Gaussians, n.randn(*shape) -> (B, *shape).
 
     pyramid: the bands of ONE white image, so the re-summed state is sum_i alpha_i U..U x_1 + sigma(t) white noise.
@@ -102,6 +104,7 @@ def stage_groups(rng, stages: str, num_scales: int) -> list:
 
     stages="batch" draws one stage for the whole batch, as the paper does. # not in paper: "stratified" gives every
     stage its share of each batch, row g of the whole batch stage g mod K: the same cost, less variance.
+    rng is a `data.BatchRandom`.
     """
     if stages not in STAGES:
         raise UserError(f"unknown stages {stages!r}; choose one of {', '.join(STAGES)}")
@@ -111,7 +114,8 @@ def stage_groups(rng, stages: str, num_scales: int) -> list:
              num_scales * len(range(s, rng.batch, num_scales))) for s in range(num_scales)]
 
 
-def loss(model, x1, y, schedule: Schedule, rng, noise="pyramid", stages="batch", full_range=True):
+def loss(model: Callable, x1: Tensor, y: Tensor | None, schedule: Schedule, rng, noise: str = "pyramid",
+         stages: str = "batch", full_range: bool = True) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """Algorithm 1: the LapFlow training loss of images x1 (B, C, H, W) with labels y (B,), or None.
 
     rng is a `data.BatchRandom`; x1 may be a part of its batch, and the loss is that part's share: shares add up to the

@@ -74,7 +74,7 @@ class Source:
         """Image i as uint8 (3, R, R). Raises UserError naming the file when it cannot be read."""
         return read_image(self.opened(i), resolution, self.names[i])
 
-    def opened(self, i: int):
+    def opened(self, i: int) -> Path | io.BytesIO | np.ndarray:
         """What read_image takes. Raises UserError naming the image when the archive does not give it out."""
         try:
             return self.open(i)
@@ -333,7 +333,7 @@ def _parquet(where: str, split: str) -> Source:
     return Source(where, names, numbers, classes, fingerprint(*identity), entry)
 
 
-def read_image(file, resolution: int, name: str = "") -> np.ndarray:
+def read_image(file: Path | io.BytesIO | np.ndarray, resolution: int, name: str = "") -> np.ndarray:
     """One image as uint8 (3, R, R): upright, RGB, cropped. Raises UserError naming it when it cannot be read.
 
     file: a path, a binary stream, or an array (H, W, 3).

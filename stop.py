@@ -8,6 +8,7 @@ must leave together.
 import os
 import signal
 import sys
+from types import FrameType
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
@@ -26,7 +27,7 @@ def restore(handlers: dict) -> None:
         signal.signal(number, handler)
 
 
-def handle(number, frame) -> None:
+def handle(number: int, frame: FrameType | None) -> None:
     global asked
     asked = True
     if not waits:

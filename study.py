@@ -7,6 +7,7 @@ Every solver draws the images of the same seeds. The distance is that of pixels 
 Frechet distance of its features. A solver that is in RUN/study.jsonl already is not run again.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def draw(path: Path, rows: list[dict]) -> None:
     plt.close(figure)
 
 
-def main(args) -> None:
+def main(args: argparse.Namespace) -> None:
     if args.num < 5 or args.batch < 1:
         raise UserError("--num must be at least 5 and --batch at least 1")
     fid.check_record(args.record)

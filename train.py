@@ -10,7 +10,6 @@ config.json, checkpoints, metrics.jsonl, samples.png, trajectory.png, loss.png a
 """
 
 import copy
-import json
 import math
 import os
 import sys
@@ -37,12 +36,11 @@ from tqdm import tqdm
 import checkpoint
 import data
 import fid
-import gallery
 import pictures
 import plan
+import report
 import runs
 import sample
-import trajectory
 from config import Config, UserError
 from metrics import Metrics, culprits
 from ranks import GradientSync, Ranks
@@ -59,7 +57,7 @@ def learning_rate(cfg: Config, step: int) -> float:
 
 
 @torch.no_grad()
-def update_ema(ema, model, decay: float, step: int) -> None:
+def update_ema(ema: torch.nn.Module, model: torch.nn.Module, decay: float, step: int) -> None:
     """ema <- decay ema + (1 - decay) model, in float32. The decay rises with the step, so short runs average too."""
     decay = min(decay, (1 + step) / (10 + step))            # not in paper
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
@@ -68,7 +66,7 @@ def update_ema(ema, model, decay: float, step: int) -> None:
 class Training:
     """A run in training: what a step needs, and what a checkpoint holds."""
 
-    def __init__(self, cfg: Config, ranks: Ranks, dataset):
+    def __init__(self, cfg: Config, ranks: Ranks, dataset: data.Dataset):
         """Model, optimizer, and this process's rows of every batch. Raises UserError for what does not go together."""
         self.cfg, self.ranks, self.dataset, self.device = cfg, ranks, dataset, ranks.device
         self.out, self.facts, self.step = Path(cfg.out), data.facts(dataset), 0
@@ -147,7 +145,7 @@ class Training:
                  "optimizer": self.optimizer.state_dict()}
         self.ranks.first_does(lambda: checkpoint.save(self.out, state, self.cfg.keep, self.cfg.keep_every))
 
-    def losses(self, step: int, part: slice, raw, y):
+    def losses(self, step: int, part: slice, raw: torch.Tensor, y: torch.Tensor | None) -> tuple[torch.Tensor, list]:
         """Algorithm 1 for some rows of a step's batch; every random number comes from (seed, step)."""
         rng = data.BatchRandom(self.cfg.seed, step, self.cfg.batch, part, self.device)
         x1 = self.dataset.x1(raw.to(self.device, non_blocking=True), rng)       # (B, C, H, W)
@@ -183,46 +181,8 @@ class Training:
         metrics.end_step(self.step, grad_norm, bad)
 
 
-def glance(run: runs.Run, dataset) -> None:
-    """In the midst of training: a grid of samples, and scores, each at its interval. What goes wrong is said."""
-    cfg, matmul = run.cfg, torch.get_float32_matmul_precision()
-    for what, every, num in (("grid", cfg.sample_every, 16), ("scores", cfg.eval_every, cfg.num_samples)):
-        if not every or run.step % every:
-            continue
-        try:
-            labels = runs.choose_labels("balanced", num, run.classes)
-            with torch.compiler.set_stance("force_eager"):  # compiled graphs are for training's shapes
-                images, report = sample.generate(run, num, labels, progress=False, **runs.solver_settings(cfg))
-            if what == "grid":
-                pictures.draw_grid(run.folder / f"samples-{run.step:08d}.png", images, labels, run.classes)
-            else:
-                with open(run.folder / "scores.jsonl", "a") as file:
-                    file.write(json.dumps({**report, **fid.evaluate(dataset, images, labels, run.decode)}) + "\n")
-        except (UserError, torch.OutOfMemoryError) as problem:
-            print(f"no samples at step {run.step}: {problem}; training goes on", file=sys.stderr)
-    torch.set_float32_matmul_precision(matmul)              # sampling sets it to full
-
-
-def finish(run: runs.Run, dataset) -> dict:
-    """Samples, pictures and scores of a trained run."""
-    num = run.cfg.num_samples
-    labels = runs.choose_labels("balanced", num, run.classes)
-    images, report = sample.generate(run, num, labels, **runs.solver_settings(run.cfg))
-    pictures.draw_grid(run.folder / "samples.png", images, labels, run.classes)
-    shown = runs.choose_labels("balanced", max(3, len(run.classes)), run.classes)
-    trajectory.draw(run.folder / "trajectory.png", run, None if shown is None else shown[-3:])
-    print(gallery.describe(report))
-    try:
-        scores = {**report, **fid.evaluate(dataset, images, labels, run.decode)}
-        print(fid.table(scores))
-    except UserError as problem:                            # a handful of images trains, but cannot be scored
-        scores = report
-        print(f"no scores  {problem}")
-    (run.folder / "scores.json").write_text(json.dumps(scores, indent=2))
-    return scores
-
-
-def main(cfg: Config, fresh=False, device=None, record=None, stop_after: float = math.inf) -> None:
+def main(cfg: Config, fresh: bool = False, device: str | None = None, record: str | None = None,
+         stop_after: float = math.inf) -> None:
     """Trains a run to cfg.steps, from its newest checkpoint if there is one, then samples and scores it.
 
     stop_after: seconds after which it saves and leaves. In each process that torchrun starts, or in a single one.
@@ -238,7 +198,7 @@ def main(cfg: Config, fresh=False, device=None, record=None, stop_after: float =
         return
     pictures.draw_loss(run.folder)
     with torch.compiler.set_stance("force_eager"):          # compiled graphs are for training's shapes
-        scores = finish(run, dataset)
+        scores = report.finish(run, dataset)
     if not resumed:
         scores["seconds_total"] = time.perf_counter() - began
     if record:
@@ -249,7 +209,8 @@ def main(cfg: Config, fresh=False, device=None, record=None, stop_after: float =
     print(f"next       python sample.py {run.folder}    python fid.py {run.folder}")
 
 
-def train(cfg: Config, fresh: bool, ranks: Ranks, record: str | None, deadline: float, dataset=None):
+def train(cfg: Config, fresh: bool, ranks: Ranks, record: str | None, deadline: float,
+          dataset: data.Dataset | None = None) -> tuple[runs.Run | None, data.Dataset, bool]:
     """The loop. Returns the trained run (None when it was stopped early), its data, and whether it was continued."""
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("high")              # TF32 where a GPU computes in float32
@@ -279,7 +240,7 @@ def train(cfg: Config, fresh: bool, ranks: Ranks, record: str | None, deadline: 
             if saving:
                 job.save()
             if ranks.first and not ending:
-                glance(run, dataset)
+                report.glance(run, dataset)
             metrics.pause(pause)
     except RuntimeError as problem:
         if isinstance(problem, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(problem):

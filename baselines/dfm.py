@@ -14,25 +14,26 @@ when band j enters; # not in paper: for K = 2 the one share is tau (0.9, the def
 Left out, for the same trunk for all: rotary positions, EDM's pre-conditioning, an embedding of the stage.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from config import UserError
+from config import Config, UserError
 from model import FinalLayer, MoTDiT, TimestepEmbedder, patchify, unpatchify
 from pyramid import down
 from schedule import noise_bands
 
 
-def widen(x: torch.Tensor) -> torch.Tensor:
+def widen(x: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, C, 2H, 2W), bilinear: DFM's upsampling."""
     return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 
 
-def decompose(x: torch.Tensor, num_scales: int) -> list[torch.Tensor]:
+def decompose(x: Tensor, num_scales: int) -> list[Tensor]:
     """Bands, coarse to fine: band i is D^(K-1-i) x less its coarser version upsampled."""
     bands = []
     for _ in range(num_scales - 1):
@@ -41,7 +42,7 @@ def decompose(x: torch.Tensor, num_scales: int) -> list[torch.Tensor]:
     return [x, *bands]
 
 
-def reconstruct(bands: list) -> torch.Tensor:
+def reconstruct(bands: list) -> Tensor:
     x = bands[0]
     for band in bands[1:]:
         x = widen(x) + band
@@ -51,7 +52,8 @@ def reconstruct(bands: list) -> torch.Tensor:
 class SumDiT(MoTDiT):
     """One plain DiT whose tokens are sums over the bands. The patch size of `size` is that of the finest band."""
 
-    def __init__(self, size, in_channels, resolution, num_scales, num_classes, condition_tokens):
+    def __init__(self, size: str | tuple, in_channels: int, resolution: int, num_scales: int, num_classes: int,
+                 condition_tokens: bool):
         super().__init__(size, in_channels, resolution, 1, num_classes, "none", "causal", condition_tokens)
         d, p, self.num_scales = self.hidden_size, self.patch_size, num_scales
         if p % 2 ** (num_scales - 1):
@@ -67,7 +69,7 @@ class SumDiT(MoTDiT):
             for layer in (times.mlp[0], times.mlp[2]):
                 nn.init.normal_(layer.weight, std=0.02)
 
-    def forward(self, bands: list, t: torch.Tensor, y: torch.Tensor | None = None) -> list:
+    def forward(self, bands: list[Tensor], t: Tensor, y: Tensor | None = None) -> list[Tensor]:
         """Velocities of bands 0..Q at the times t (B, Q + 1); the finer ones are not there, which is t = 0."""
         x, time = 0, 0
         for i, (p, embed) in enumerate(zip(self.patches, [self.time, *self.times], strict=True)):
@@ -122,7 +124,7 @@ class Decomposable:
         edges = [0.0, *((3 + j) / (2 + self.num_scales) for j in range(self.num_scales))]
         return list(zip(edges[:-1], edges[1:], strict=True)) if self.num_scales > 1 else [(0.0, 1.0)]
 
-    def times(self, clock: float | torch.Tensor, phase: int) -> tuple[list, list]:
+    def times(self, clock: float | Tensor, phase: int) -> tuple[list, list]:
         """t_i of bands 0..phase at a moment of the clock, and their rates."""
         start, end = self.segments[phase]
         levels, ends = [], []                               # of each active band, as the phase begins and ends
@@ -135,15 +137,15 @@ class Decomposable:
         return ([a + (b - a) * part for a, b in zip(levels, ends, strict=True)],
                 [(b - a) / (end - start) for a, b in zip(levels, ends, strict=True)])
 
-    def enter(self, j: int, bands: list, x0: torch.Tensor) -> list:
+    def enter(self, j: int, bands: list, x0: Tensor) -> list:
         return [*bands, x0]                                 # at t_j = 0 the band is its noise
 
 
-def network(cfg, channels: int, num_classes: int, side: int) -> SumDiT:
+def network(cfg: Config, channels: int, num_classes: int, side: int) -> SumDiT:
     return SumDiT(cfg.size, channels, side, cfg.num_scales, num_classes, cfg.condition_tokens)
 
 
-def schedule(cfg) -> Decomposable:
+def schedule(cfg: Config) -> Decomposable:
     if cfg.starts[0] != 0 or not all(0 < share <= 1 for share in cfg.starts[1:]):
         raise UserError(f"the starts of DFM are 0, then shares above 0 and at most 1, like 0,0.9; not {cfg.starts}")
     return Decomposable(cfg.starts)
@@ -163,7 +165,8 @@ def stage_rows(rng, stages: str, num_scales: int) -> list:
     return groups
 
 
-def loss(model, x1, y, schedule, rng, stages="batch"):
+def loss(model: Callable, x1: Tensor, y: Tensor | None, schedule: Decomposable, rng,
+         stages: str = "batch") -> tuple[Tensor, list]:
     """Algorithm 1: mean squared error of each active band, summed over the bands."""
     num_scales = schedule.num_scales
     noise, data = noise_bands(rng, x1.shape[1:], num_scales, "independent"), decompose(x1, num_scales)
@@ -184,7 +187,8 @@ def loss(model, x1, y, schedule, rng, stages="batch"):
     return total, pairs[: groups[0][0] + 1] if stages == "batch" else pairs
 
 
-def sample(model, n, y, schedule, shape, solve, **solver):
+def sample(model: Callable, n, y: Tensor | None, schedule: Decomposable, shape: tuple, solve: Callable,
+           **solver) -> Tensor:
     """Draws x1 (B, C, H, W). The solver runs on the clock; each band moves at its own rate."""
     def velocity(bands, clock):
         times, rates = schedule.times(clock, len(bands) - 1)

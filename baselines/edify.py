@@ -18,11 +18,13 @@ test shows it); what is left of the difference is that one image, and not its ba
 has one network for each resolution; here all scales share the blocks.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
 from baselines.trunk import OneImage, ScaleDiT, loss_of
+from config import Config
 from pyramid import decompose, down, reconstruct, up
 from schedule import Schedule, noise_bands
 
@@ -37,7 +39,7 @@ class Edify(OneImage):
     def segments(self) -> list[tuple[float, float]]:
         return Schedule(self.starts).segments
 
-    def weight(self, j: int, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def weight(self, j: int, t: Tensor) -> tuple[Tensor, Tensor]:
         """Weight of band j in the state at times t, and its derivative."""
         slope = 1 / (1 - self.starts[j])
         gate = ((t - self.starts[j]) * slope).clamp(0, 1)   # a_j; of band 0 it is t
@@ -46,29 +48,30 @@ class Edify(OneImage):
             return gate, opens
         return t * gate, gate + t * opens
 
-    def interpolate(self, bands: list, n: torch.Tensor, i: int, t: torch.Tensor):
+    def interpolate(self, bands: list, n: Tensor, i: int, t: Tensor) -> tuple[Tensor, Tensor]:
         """State and target (B, C, H_i, W_i) of scale i at the times t (B,), from bands 0..i of x1 and unit noise n."""
         weights = [self.weight(j, t.view(-1, 1, 1, 1)) for j in range(i + 1)]
         data, moving = (reconstruct([w[k] * band for w, band in zip(weights, bands, strict=True)]) for k in (0, 1))
         n = self.noise_std(i) * n
         return data + (1 - t.view(-1, 1, 1, 1)) * n, moving - n
 
-    def enter(self, i: int, bands: list, z: torch.Tensor) -> list:
+    def enter(self, i: int, bands: list, z: Tensor) -> list:
         """The switch to scale i; z is unit noise of its resolution."""
         if i == 0:
             return [self.noise_std(0) * z]
         return [up(bands[0]) + (1 - self.starts[i]) * self.noise_std(i) * (z - up(down(z)))]
 
 
-def network(cfg, channels: int, num_classes: int, side: int) -> ScaleDiT:
+def network(cfg: Config, channels: int, num_classes: int, side: int) -> ScaleDiT:
     return ScaleDiT(cfg.size, channels, side, cfg.num_scales, num_classes, cfg.condition_tokens, own_patches=True)
 
 
-def schedule(cfg) -> Edify:
+def schedule(cfg: Config) -> Edify:
     return Edify(cfg.starts, product=cfg.method == "edify")
 
 
-def loss(model, x1, y, schedule, rng, stages="stratified"):
+def loss(model: Callable, x1: Tensor, y: Tensor | None, schedule: Edify, rng,
+         stages: str = "stratified") -> tuple[Tensor, list]:
     """Mean squared error of d X / dt; each example at one scale, at a time in its window."""
     num_scales = schedule.num_scales
     noise, bands = noise_bands(rng, x1.shape[1:], num_scales, "independent"), decompose(x1, num_scales)
@@ -81,7 +84,7 @@ def loss(model, x1, y, schedule, rng, stages="stratified"):
     return loss_of(model, y, num_scales, rng, stages, state)
 
 
-def sample(model, n, y, schedule, shape, solve, **solver):
+def sample(model: Callable, n, y: Tensor | None, schedule: Edify, shape: tuple, solve: Callable, **solver) -> Tensor:
     """Draws x1 (B, C, H, W): one solve in each window."""
     def velocity(bands, t):
         return model(bands, t.expand(len(bands[0])), y)

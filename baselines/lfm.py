@@ -6,19 +6,25 @@ It is LapFlow with one band (a test holds the two together, to the last bit). No
 t = 1, feeds t itself to the embedding, and trained an ADM U-Net, no DiT, at 512 and 1024 pixels.
 """
 
+from collections.abc import Callable
+
+from torch import Tensor
+
+from config import Config
 from model import MoTDiT
 from schedule import Schedule
 
 
-def network(cfg, channels: int, num_classes: int, side: int) -> MoTDiT:
+def network(cfg: Config, channels: int, num_classes: int, side: int) -> MoTDiT:
     return MoTDiT(cfg.size, channels, side, 1, num_classes, condition_tokens=cfg.condition_tokens)
 
 
-def schedule(cfg) -> Schedule:
+def schedule(cfg: Config) -> Schedule:
     return Schedule((0.0,))
 
 
-def loss(model, x1, y, schedule, rng, stages="batch"):
+def loss(model: Callable, x1: Tensor, y: Tensor | None, schedule: Schedule, rng,
+         stages: str = "batch") -> tuple[Tensor, list]:
     """Plain flow matching of images x1 (B, C, H, W). There is one stage: `stages` decides nothing."""
     n, t = rng.randn(*x1.shape[1:]), rng.rand()
     at = t.view(-1, 1, 1, 1)
@@ -27,7 +33,7 @@ def loss(model, x1, y, schedule, rng, stages="batch"):
     return error.sum() / rng.batch, [(t, error.detach())]
 
 
-def sample(model, n, y, schedule, shape, solve, **solver):
+def sample(model: Callable, n, y: Tensor | None, schedule: Schedule, shape: tuple, solve: Callable, **solver) -> Tensor:
     """Draws x1 (B, C, H, W): one solve from noise to data."""
     (x1,), _ = solve(lambda bands, t: model(bands, t.expand(len(bands[0])), y), [n.randn(*shape)], schedule, **solver)
     return x1

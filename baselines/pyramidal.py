@@ -24,11 +24,13 @@ of gamma = -1/3.) Three forms of it, by --method:
 The network is told a global time, in which each stage has a share as long as e_i - s_i (the paper's clock).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
 from baselines.trunk import OneImage, ScaleDiT, loss_of
+from config import Config
 from pyramid import down, up
 from schedule import Schedule, noise_bands
 
@@ -56,7 +58,7 @@ class Pyramidal(OneImage):
     def noise_std(self, i: int) -> float:
         return super().noise_std(i) if self.form == "pyramidal-zero-overlap" else 1.0
 
-    def interpolate(self, x: torch.Tensor, coarser: torch.Tensor | None, n: torch.Tensor, i: int, tau: torch.Tensor):
+    def interpolate(self, x: Tensor, coarser: Tensor | None, n: Tensor, i: int, tau: Tensor) -> tuple[Tensor, Tensor]:
         """State and target (B, C, H_i, W_i) of stage i at the local times tau (B,): x is the image of this scale,
         coarser that of the scale below (None in stage 0), n unit noise."""
         (s, e), tau, n = self.windows[i], tau.view(-1, 1, 1, 1), self.noise_std(i) * n
@@ -64,7 +66,7 @@ class Pyramidal(OneImage):
         start = (1 - s) * n + (s * up(coarser) if i else 0)
         return tau * end + (1 - tau) * start, end - start
 
-    def enter(self, i: int, bands: list, z: torch.Tensor) -> list:
+    def enter(self, i: int, bands: list, z: Tensor) -> list:
         """The jump to stage i; z is unit noise of its resolution."""
         if i == 0:
             return [self.noise_std(0) * z]
@@ -73,16 +75,17 @@ class Pyramidal(OneImage):
         return [a * up(bands[0]) + (1 - s) * self.noise_std(i) * (z - up(down(z)))]
 
 
-def network(cfg, channels: int, num_classes: int, side: int) -> ScaleDiT:
+def network(cfg: Config, channels: int, num_classes: int, side: int) -> ScaleDiT:
     return ScaleDiT(cfg.size, channels, side, cfg.num_scales, num_classes, cfg.condition_tokens, own_patches=False)
 
 
-def schedule(cfg) -> Pyramidal:
+def schedule(cfg: Config) -> Pyramidal:
     Schedule(cfg.starts)                                    # raises UserError when they do not increase
     return Pyramidal(cfg.starts, cfg.method)
 
 
-def loss(model, x1, y, schedule, rng, stages="stratified"):
+def loss(model: Callable, x1: Tensor, y: Tensor | None, schedule: Pyramidal, rng,
+         stages: str = "stratified") -> tuple[Tensor, list]:
     """Mean squared error of X_e - X_s, each example in one stage (stratified, as the paper mixes them in a batch)."""
     num_scales, shape, images = schedule.num_scales, x1.shape[1:], [x1]
     while len(images) < num_scales:
@@ -103,7 +106,8 @@ def loss(model, x1, y, schedule, rng, stages="stratified"):
     return loss_of(model, y, num_scales, rng, stages, state)
 
 
-def sample(model, n, y, schedule, shape, solve, **solver):
+def sample(model: Callable, n, y: Tensor | None, schedule: Pyramidal, shape: tuple, solve: Callable,
+           **solver) -> Tensor:
     """Draws x1 (B, C, H, W). The network gives d X / d tau; the solver runs on the clock."""
     sides = [shape[-1] >> k for k in reversed(range(schedule.num_scales))]
 

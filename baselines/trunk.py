@@ -7,7 +7,7 @@ size of the image says which scale that is.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
 from model import MoTDiT, patchify, unpatchify
 from pyramid import reconstruct
@@ -30,10 +30,12 @@ class OneImage:
         return 0.5 ** (self.num_scales - 1 - i)
 
 
-def loss_of(model, y, num_scales: int, rng, stages: str, state: Callable):
+def loss_of(model: Callable, y: Tensor | None, num_scales: int, rng, stages: str,
+            state: Callable) -> tuple[Tensor, list]:
     """Mean squared error of d X / dt, each example at one scale, as schedule.loss returns it.
 
     state(i, rows, u) gives xt, its velocity and the time (B_i,) for these rows of the batch; u (B_i,) is uniform.
+    rng is a `data.BatchRandom`.
     """
     u, total = rng.rand(), 0.0                                                      # u (B,)
     errors = [(u[:0], u[:0])] * num_scales
@@ -56,12 +58,13 @@ class ScaleDiT(MoTDiT):
                   the parameters are those of a plain DiT
     """
 
-    def __init__(self, size, in_channels, resolution, num_scales, num_classes, condition_tokens, own_patches: bool):
+    def __init__(self, size: str | tuple, in_channels: int, resolution: int, num_scales: int, num_classes: int,
+                 condition_tokens: bool, own_patches: bool):
         super().__init__(size, in_channels, resolution, num_scales, num_classes, "none", "causal", condition_tokens)
         if not own_patches:
             del self.patch_in[1:], self.patch_out[1:]
 
-    def forward(self, bands: list, t: torch.Tensor, y: torch.Tensor | None = None) -> list:
+    def forward(self, bands: list[Tensor], t: Tensor, y: Tensor | None = None) -> list[Tensor]:
         """[x] -> [v]: one image x (B, C, H_i, W_i) of any scale i, at t (B,)."""
         (x,), p = bands, self.patch_size
         i = self.num_tokens.index(x.shape[-1] * x.shape[-2] // p**2)

@@ -45,11 +45,11 @@ import data  # noqa: E402
 import hero  # noqa: E402
 import mask_cost  # noqa: E402
 import pictures  # noqa: E402
+import report  # noqa: E402
 import runs  # noqa: E402
 import sample  # noqa: E402
 import steps  # noqa: E402
 import study  # noqa: E402
-import trajectory  # noqa: E402
 from config import UserError  # noqa: E402
 from pyramid import down  # noqa: E402
 
@@ -85,7 +85,7 @@ def lines(name: str) -> list[dict]:
 
 
 def draw_trajectory(path: Path, run: runs.Run) -> None:
-    trajectory.draw(path, run, runs.choose_labels("balanced", len(run.classes), run.classes)[-3:])
+    report.draw_trajectory(path, run, runs.choose_labels("balanced", len(run.classes), run.classes)[-3:])
 
 
 def draw_samples(path: Path, run: runs.Run) -> None:

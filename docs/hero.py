@@ -8,8 +8,8 @@ from PIL import Image
 
 import causal
 import data
+import report
 import runs
-import trajectory
 from pictures import COARSE, FAINT, FINE, INK, QUIET, band_colour, band_name
 from pyramid import decompose, reconstruct, up
 from sheet import SMALL, TEXT, TITLE, WIDTH, box, picture, pixels, plot, save, say, sheet, tile
@@ -86,7 +86,7 @@ def palette() -> Image.Image:
 def generation(path: Path, run: runs.Run, count: int = 12, steps: int = 80) -> None:
     """An animation: t runs from 0 to 1, the coarse band forms, the fine one joins at T_1, and the sum of both."""
     labels = runs.choose_labels("balanced", count, run.classes)
-    states = trajectory.watch(run, labels, count=count, steps=steps)
+    states = report.watch(run, labels, count=count, steps=steps)
     start, height, left = run.cfg.starts[1], 290, 84
     figure, axis = sheet(height)
     for row, (name, color) in enumerate((("coarse", COARSE), ("+ fine", FINE), ("= sum", INK))):

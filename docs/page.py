@@ -15,6 +15,7 @@ import sys
 import tokenize
 import unicodedata
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from html import escape, unescape
 from itertools import groupby
@@ -49,7 +50,7 @@ class Section:
     code: list[int] = field(default_factory=list)           # numbers of lines
 
 
-def definitions(node: ast.AST, outer: str = "", inside: bool = False):
+def definitions(node: ast.AST, outer: str = "", inside: bool = False) -> Iterator[tuple]:
     """(qualified name, node) of every function and class; of those inside functions, the ones with a docstring."""
     for child in ast.iter_child_nodes(node):
         function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
@@ -70,7 +71,7 @@ def docstring(node: ast.AST, lines: list[str]) -> tuple[range, str] | None:
     return None if around.strip() else (range(at.lineno, at.end_lineno + 1), ast.get_docstring(node))
 
 
-def comments(source: str):
+def comments(source: str) -> Iterator[list]:
     """(lines, text) of every block of comments on lines of their own, outside brackets."""
     depth, block = 0, []
     for kind, text, (row, column), _, line in tokenize.generate_tokens(io.StringIO(source).readline):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from PIL import Image
 
 import data
@@ -15,7 +17,7 @@ WIDTH, FILE_WIDTH = 850, 1400                               # of a README's colu
 TITLE, TEXT, SMALL = 10.5, 9, 8                             # points, in that column
 
 
-def sheet(height: float):
+def sheet(height: float) -> tuple[Figure, Axes]:
     """An empty page: (figure, axis)."""
     figure = pictures.pyplot().figure(figsize=(WIDTH / 96, height / 96))
     axis = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(height, 0), autoscale_on=False)
@@ -23,7 +25,7 @@ def sheet(height: float):
     return figure, axis
 
 
-def plot(figure, x: float, y: float, width: float, height: float, **settings):
+def plot(figure, x: float, y: float, width: float, height: float, **settings) -> Axes:
     """A plot at a place of the page."""
     w, h = figure.get_size_inches() * 96
     return figure.add_axes((x / w, 1 - (y + height) / h, width / w, height / h), **settings)

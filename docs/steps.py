@@ -156,7 +156,7 @@ def calls(axis, left: float, sizes: list[int], kinds: list[str], reads: np.ndarr
         say(axis, left, y + 42, said, size=SMALL, ha="left", family="DejaVu Sans Mono")
 
 
-def watched_loss(run: runs.Run, step: int):
+def watched_loss(run: runs.Run, step: int) -> tuple[list, list]:
     """One training step of the finished run, as train.py does it: the batch goes through schedule.loss.
     Returns for each stage (x1 bands, xt, t, v, v_pred), and the pairs (t, error) of each band."""
     loaded, batch, seen = data.load(run.cfg), run.cfg.batch, []
@@ -228,7 +228,7 @@ def scatter(figure, pairs: list, y: float, height: float) -> None:
     plain_ticks(axis)
 
 
-def watched_solve(run: runs.Run, count: int, tolerance: float):
+def watched_solve(run: runs.Run, count: int, tolerance: float) -> tuple[list, list]:
     """dopri5 on `count` digits. Returns the times of the velocity calls of each segment, the state as each begins, and
     the bands at the end."""
     y = torch.as_tensor(runs.choose_labels("balanced", count, run.classes))

@@ -35,7 +35,7 @@ def write_digits(folder: Path) -> torch.Tensor:
     return x1
 
 
-def train(x1: torch.Tensor, steps: int):
+def train(x1: torch.Tensor, steps: int) -> torch.nn.Module:
     """Squared error plus 1e-4 of the KL divergence; the scaling factor makes the latents' standard deviation 1."""
     from diffusers import AutoencoderKL
 

@@ -91,5 +91,5 @@ def test_what_it_prints_is_what_it_records(tmp_path, monkeypatch, capsys):
     for wrong in ({"rounds": 0}, {"sides": "30"}, {"sides": "x"}):
         with pytest.raises(UserError, match="--rounds must be at least 1, and --sides numbers divisible by 8"):
             bench.main({**given, **wrong, "what": "compare"})
-    with pytest.raises(UserError, match="--preset of the paper, or --run DIR"):
+    with pytest.raises(UserError, match="--preset of the paper, or the directory"):
         bench.main({**given, "what": "sample"})

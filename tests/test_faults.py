@@ -22,6 +22,7 @@ from torch.distributed.run import get_args_parser
 import checkpoint
 import data
 import metrics
+import report
 import sample
 import train
 from config import Config, UserError
@@ -260,7 +261,7 @@ def test_two_hundred_epochs_need_no_more_memory_than_twenty(tmp_path, monkeypatc
             seen.append((pages * os.sysconf("SC_PAGE_SIZE") / 1e6, len(os.listdir("/proc/self/fd"))))
 
     monkeypatch.setattr(train, "update_ema", look)
-    monkeypatch.setattr(train, "finish", lambda run, dataset: {})
+    monkeypatch.setattr(report, "finish", lambda run, dataset: {})
     train.main(tiny(tmp_path, dataset="folder", data=str(tmp_path / "images"), res=8, steps=800, save_every=40,
                     log_every=20), device="cpu")
     early, late = seen[19], seen[-1]
@@ -354,7 +355,7 @@ def test_the_image_that_does_it_is_named(tmp_path, monkeypatch, capsys, stages):
         return torch.where(wrong, float("nan"), x1(self, raw, rng))
 
     monkeypatch.setattr(data.Images, "x1", poisoned)
-    monkeypatch.setattr(train, "finish", lambda run, dataset: {})
+    monkeypatch.setattr(report, "finish", lambda run, dataset: {})
     train.main(cfg, device="cpu")
     said = capsys.readouterr().err
     assert f"(image {bad} of the data)" in said and "at step 3" in said and said.count("not applied") == 1
