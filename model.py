@@ -67,7 +67,7 @@ def unpatchify(x: Tensor, p: int, h: int, w: int) -> Tensor:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return x * (1 + scale) + shift
+    return torch.addcmul(shift, x, 1 + scale)               # x (1 + scale) + shift, in one pass
 
 
 def attention(q: list[Tensor], k: list[Tensor], v: list[Tensor], mask: str, num_cond: int) -> list[Tensor]:
@@ -76,21 +76,19 @@ def attention(q: list[Tensor], k: list[Tensor], v: list[Tensor], mask: str, num_
     causal: band i reads bands 0..i.   none: every band reads all.   self: band i reads itself and the num_cond
     condition tokens at the front of band 0, which then read only themselves, so that nothing crosses bands.
     """
-    sizes = [x.shape[2] for x in q]
-    k, v = torch.cat(k, dim=2), torch.cat(v, dim=2)                                 # (B, nh, sum of N_i, hd)
+    if mask == "causal":
+        return [F.scaled_dot_product_attention(q[i], torch.cat(k[: i + 1], dim=2), torch.cat(v[: i + 1], dim=2))
+                for i in range(len(q))]
     if mask == "none":
-        return list(F.scaled_dot_product_attention(torch.cat(q, dim=2), k, v).split(sizes, dim=2))
-    out, end = [], 0
-    for i, size in enumerate(sizes):
-        start, end = end, end + size
-        if mask == "causal":
-            out.append(F.scaled_dot_product_attention(q[i], k[:, :, :end], v[:, :, :end]))
-            continue
-        k_i, v_i = (torch.cat([x[:, :, :num_cond], x[:, :, max(start, num_cond) : end]], dim=2) for x in (k, v))
-        seen = [F.scaled_dot_product_attention(q[i][:, :, (num_cond if i == 0 else 0) :], k_i, v_i)]
-        if i == 0 and num_cond:
-            seen.insert(0, F.scaled_dot_product_attention(*(x[:, :, :num_cond] for x in (q[0], k, v))))
-        out.append(torch.cat(seen, dim=2))
+        out = F.scaled_dot_product_attention(*(torch.cat(x, dim=2) for x in (q, k, v)))
+        return list(out.split([x.shape[2] for x in q], dim=2))
+    cond_k, cond_v = k[0][:, :, :num_cond], v[0][:, :, :num_cond]
+    out = [F.scaled_dot_product_attention(q[0][:, :, num_cond:], k[0], v[0])]
+    out += [F.scaled_dot_product_attention(q[i], torch.cat([cond_k, k[i]], dim=2), torch.cat([cond_v, v[i]], dim=2))
+            for i in range(1, len(q))]
+    if num_cond:
+        cond = F.scaled_dot_product_attention(q[0][:, :, :num_cond], cond_k, cond_v)
+        out[0] = torch.cat([cond, out[0]], dim=2)
     return out
 
 
@@ -146,14 +144,13 @@ class MoTBlock(nn.Module):
         for i, x in enumerate(xs):
             shift, scale = parts[own[i]][:2]
             qkv = self.qkv[i % len(self.qkv)](modulate(self.norm(x), shift, scale))     # (B, N_i, 3D)
-            qkv = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)      # (3, B, nh, N_i, hd)
-            for column, part in zip((q, k, v), qkv, strict=True):
-                column.append(part)
+            for column, part in zip((q, k, v), qkv.chunk(3, dim=2), strict=True):
+                column.append(part.unflatten(2, (self.num_heads, -1)).transpose(1, 2))  # (B, nh, N_i, hd)
         out = []
         for i, a in enumerate(attention(q, k, v, self.mask, num_cond)):             # (B, nh, N_i, hd)
             _, _, gate, shift2, scale2, gate2 = parts[own[i]]
-            x = xs[i] + gate * self.proj[own[i]](a.transpose(1, 2).flatten(2))      # (B, N_i, D)
-            out.append(x + gate2 * self.mlp[own[i]](modulate(self.norm(x), shift2, scale2)))
+            x = torch.addcmul(xs[i], gate, self.proj[own[i]](a.transpose(1, 2).flatten(2)))     # (B, N_i, D)
+            out.append(torch.addcmul(x, gate2, self.mlp[own[i]](modulate(self.norm(x), shift2, scale2))))
         return out
 
 

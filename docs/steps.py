@@ -152,7 +152,7 @@ def calls(axis, left: float, sizes: list[int], kinds: list[str], reads: np.ndarr
         for token in range(len(kinds)):
             box(axis, left + token * cell, y + 14, cell - 2, cell - 2, fill=kinds[token] if token < end else "white",
                 edge=kinds[token] if token < end else "#d8d8d8", line=0.8)
-        said = f"scaled_dot_product_attention(q[{i}], k[:, :, :{end}], v[:, :, :{end}])"
+        said = f"scaled_dot_product_attention(q[{i}], cat(k[:{i + 1}]), cat(v[:{i + 1}]))"
         say(axis, left, y + 42, said, size=SMALL, ha="left", family="DejaVu Sans Mono")
 
 

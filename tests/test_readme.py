@@ -33,7 +33,7 @@ def test_excerpts_are_the_code():
         for part in re.split(r"^\.\.\.\n", code, flags=re.M):
             place = source.find(part, place)
             assert place >= 0 and len(part) > 50, f"not in {name[2:]}:\n{part}"
-        assert 4 <= len(code.splitlines()) <= 15
+        assert 3 <= len(code.splitlines()) <= 15
 
 
 def test_the_map_names_what_is_there():
