@@ -1,8 +1,8 @@
 """Every picture of README.md and docs/, from the project's own code: drawn again by one command, on a CPU.
 
-    python docs/figures.py                       all of them (make figures)
-    python docs/figures.py --only hero step3     some of them
-    python docs/figures.py --run DIR --out DIR   of another run of the digits; into another directory
+    python docs/figures.py                          all of them (make figures)
+    python docs/figures.py --only hero step3-mask   some of them
+    python docs/figures.py --run DIR --out DIR      of another run of the digits; into another directory
 
 The digits come from one trained run: --run, else out/digits, else `python train.py`, two minutes on two free cores.
 What took hours is drawn from its recorded numbers, results/*.jsonl.

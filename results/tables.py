@@ -143,10 +143,15 @@ def speed() -> str:
             over = row[what]["over"]
             out.append(f"| {row['side']} x {row['side']} | {row['num_scales']} | {what} | {row['limit']:.3f} | "
                        f"{over['diffusers DiT']:.3f} | {over['rectified-flow-pytorch']:.3f} |")
-    first = rows[0]
-    return "\n".join([*out, "", f"{first['precision']}; {first['hardware']}; {first['versions']}; commit "
-                      f"{', '.join(sorted({row['commit'] for row in rows}))}; `{first['command']}`. On a GPU: not "
-                      "measured."])
+    first, drawn = rows[0], next(row for row in lines("bench") if row.get("what") == "sample")
+    one, many = drawn["batch 1"], drawn["batch 64"]
+    return "\n".join([
+        *out, "", f"Batches of {', '.join(str(row['batch']) for row in rows)}, {first['precision']}; "
+        f"{first['hardware']}; {first['versions']}; commit {', '.join(sorted({row['commit'] for row in rows}))}; "
+        f"`{first['command']}`. On a GPU: not measured.", "",
+        f"Sampling the digits (`{drawn['command']}`): {one['seconds_per_image']:.2f} s for one image, "
+        f"{many['seconds_per_image']:.4f} s each in a batch of 64, NFE {many['nfe']}; a preview is "
+        f"{one['preview_speed_up']:.1f} and {many['preview_speed_up']:.1f} times faster."])
 
 
 TABLES = {"digits": digits, "presets": presets, "speed": speed, "study": study, "causal": causal,
