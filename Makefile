@@ -9,6 +9,7 @@ lint:
 bench:           ## speed against others, FLOPs of everything; lines for results/bench.jsonl
 	python bench.py count
 	python bench.py compare --record out/bench.jsonl
+	python bench.py sample out/digits --record out/bench.jsonl
 	python bench.py fid --record out/bench.jsonl
 
 tables:          ## rewrites the tables of README.md from results/*.jsonl

@@ -9,16 +9,17 @@
 
 train: the preset's own training loop (its batch, precision, compilation, cache) on random latents of its real shapes;
 from its metrics, over the second half, the medians of images per second and share of the peak, and the peak of memory.
-Then forward and backward of each stage alone.
+Then forward and backward of each stage alone. The temporary directory (TMPDIR) must hold a checkpoint.
 
 sample: batches of 1 and 64 images: seconds and NFE with and without the autoencoder's decoder, and for a preview. A
 trained run takes its own solver and tolerance. A preset has random weights, whose NFE mean nothing: it takes as many
 Euler steps as the paper reports NFE (or 80), and an autoencoder of Stable Diffusion's shape.
 
-compare: forward and backward (then forward alone, as in sampling) of a MoT-DiT of width 384 and depth 6, mean over its
-stages, against one pass of diffusers' DiTTransformer2DModel of the same width over the whole latent, and against the
-LapFlowDiT of the package rectified-flow-pytorch (pip install --no-deps rectified-flow-pytorch einops einx). In turn, on
-one machine; ratios of medians. `limit` is the ratio of the FLOPs.
+compare: forward and backward (then forward alone, as in sampling; no optimizer) of a MoT-DiT of width 384 and depth 6,
+mean over its stages, against one pass of diffusers' DiTTransformer2DModel of the same width over the whole latent, and
+against the LapFlowDiT of the package rectified-flow-pytorch (pip install --no-deps rectified-flow-pytorch einops einx).
+In turn, on one machine; ratios of medians. `limit` is the ratio of our FLOPs to those of our own single scale. Of the
+settings it takes --precision alone.
 
 fid: statistics of 50,000 x 2,048 random features, as of FID-50k, added up in batches, and the Frechet distance of two
 such sets; without the network, which is the larger part of an evaluation.
@@ -26,8 +27,10 @@ such sets; without the network, which is the larger part of an evaluation.
 
 import copy
 import dataclasses
+import importlib.metadata
 import importlib.util
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -46,7 +49,7 @@ if __name__ == "__main__":                                  # before torch is lo
     PARSER.add_argument("--sides", default="32,64,128", help="compare: sizes of the latents [32,64,128]")
     PARSER.add_argument("--record", metavar="FILE", help="append the result and how it was made to a .jsonl file")
     PARSER.add_argument("--device", help="cpu, cuda, cuda:1, mps [the best there is]")
-    ARGUMENTS = vars(PARSER.parse_args())
+    ARGUMENTS = vars(PARSER.parse_intermixed_args())
 
 import numpy as np
 import torch
@@ -116,12 +119,11 @@ def show_count(rows: list[dict]) -> None:
 
 def seconds(work: Callable, device: torch.device) -> float:
     """Of one call, the GPU's queue included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
+    wait()
     began = time.perf_counter()
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait()
     return time.perf_counter() - began
 
 
@@ -179,10 +181,7 @@ def random_cache(folder: Path, cfg: Config, count: int = 1024) -> data.Latents:
 
 def bench_train(cfg: Config, ranks: Ranks, folder: Path, rounds: int) -> dict:
     """Trains cfg.steps steps into `folder` and summarises its metrics. Images per second are of all processes."""
-    dataset = random_cache(folder / f"cache-{ranks.rank}", cfg) if cfg.space == "latent" else data.load(cfg)
-    job = train.Training(cfg, ranks, dataset)
-    micro_batch = job.most
-    del job
+    dataset = random_cache(folder / "cache", cfg) if cfg.space == "latent" else data.load(cfg)
     run, _, _ = train.train(cfg, True, ranks, None, float("inf"), dataset)
     written = (run.folder / "metrics.jsonl").read_text().splitlines() if ranks.first else []
     lines = [json.loads(line) for line in written]
@@ -195,9 +194,16 @@ def bench_train(cfg: Config, ranks: Ranks, folder: Path, rounds: int) -> dict:
     result = {"row": config.find_row(cfg), "processes": ranks.world, "images_per_second": median("images_per_second"),
               "mfu": median("mfu"), "memory_gb": median("memory_gb"), "data_wait": median("data_wait"),
               "seconds_first_line": cfg.log_every * cfg.batch / lines[0]["images_per_second"] if lines else None,
-              "parameters": run.model.count_parameters(), "batch": cfg.batch, "micro_batch": micro_batch}
+              "parameters": run.model.count_parameters(), "batch": cfg.batch}
     if cfg.method == "lapflow":
-        model = run.model.requires_grad_(True)
+        model, free = run.model.requires_grad_(True), torch.cuda.mem_get_info(ranks.device)[0] if (
+            ranks.device.type == "cuda") else float("inf")
+        share = cfg.batch // ranks.world
+        micro_batch = cfg.micro_batch or plan.fit_micro_batch(
+            model, dataclasses.replace(cfg, stages="batch"), share, free, ranks.world)
+        result["micro_batch"] = micro_batch                 # of the stages alone, below
+        if cfg.compile and run.weights == "ema":            # the trained one is compiled already
+            runs.compile_blocks(model)
         stages = passes(model, *random_inputs(model, micro_batch, ranks.device), cfg.precision, backward=True)
         for stage, (name, taken) in enumerate(in_turn(stages, rounds, ranks.device).items()):
             peak = plan.peak_flops(ranks.device)
@@ -234,7 +240,7 @@ def bench_sample(run: runs.Run, settings: dict, rounds: int, batches=(1, 64)) ->
     runs.full_float32()
     run.ready()
     schedule, _, draw = sample.method(run.cfg)
-    result = {"row": config.find_row(run.cfg), "weights": run.weights, **settings}
+    result = {"weights": run.weights, **settings}
     guidance = {key: settings[key] for key in ("cfg_scale", "interval", "precision")}
     solver = {key: value for key, value in settings.items() if key not in guidance}
     for batch in batches:
@@ -265,7 +271,7 @@ WIDTH, DEPTH, HEADS, CLASSES = 384, 6, 6, 1000
 SCALES = {32: 2, 64: 3, 128: 3}                             # K by side of the latents
 
 
-def diffusers_dit(side: int, bands: list, t, y) -> torch.nn.Module:
+def diffusers_dit(side: int) -> torch.nn.Module:
     """The whole latent through one DiT; called like a MoTDiT."""
     from diffusers import DiTTransformer2DModel
 
@@ -283,13 +289,19 @@ def diffusers_dit(side: int, bands: list, t, y) -> torch.nn.Module:
 
 
 def other_lapflow(side: int, num_scales: int) -> torch.nn.Module | None:
-    """LapFlowDiT of rectified-flow-pytorch, from its own file: its package wants more than this file does."""
+    """LapFlowDiT of rectified-flow-pytorch, from its own file: its package wants more than this file does. None when it
+    is not there; raises UserError when it cannot be loaded."""
     found = importlib.util.find_spec("rectified_flow_pytorch")
     if found is None:
+        print("rectified-flow-pytorch is not installed: compared with diffusers alone")
         return None
     spec = importlib.util.spec_from_file_location("lap_flow", Path(found.origin).parent / "lap_flow.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except (ImportError, OSError) as problem:
+        raise UserError(f"rectified-flow-pytorch cannot be loaded ({problem}): pip install --no-deps "
+                        "rectified-flow-pytorch einops einx, or uninstall it") from None
     return module.LapFlowDiT(side, 2, WIDTH, DEPTH, HEADS, 4 * WIDTH, channels=4, dim_head=WIDTH // HEADS,
                              num_scales=num_scales, accept_cond=True, cond_as_labels=True, num_classes=CLASSES)
 
@@ -302,10 +314,12 @@ def bench_compare(side: int, rounds: int, device: torch.device, precision: str) 
     batch = max(1, (65536 if device.type == "cuda" else 2048) // whole.num_tokens[0])
     bands, t, y = random_inputs(ours, batch, device)
     y = torch.randint(CLASSES, (batch,)).to(device)
-    models = {"ours": ours, "diffusers DiT": diffusers_dit(side, bands, t, y)}
+    models = {"ours": ours, "diffusers DiT": diffusers_dit(side)}
     if (other := other_lapflow(side, num_scales)) is not None:
         models["rectified-flow-pytorch"] = other
+    packages = ["diffusers"] + ["rectified-flow-pytorch"] * (other is not None)
     result = {"side": side, "num_scales": num_scales, "batch": batch, "precision": precision,
+              "packages": {name: importlib.metadata.version(name) for name in packages},
               "limit": ours.mean_flops() / whole.mean_flops(),
               "parameters": {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}}
     for model in models.values():
@@ -313,7 +327,7 @@ def bench_compare(side: int, rounds: int, device: torch.device, precision: str) 
         for parameter in model.parameters():                # the untrained models return zeros
             if parameter.requires_grad:
                 torch.nn.init.normal_(parameter, std=0.02)
-    for what, backward in (("training step", True), ("evaluation", False)):
+    for what, backward in (("forward and backward", True), ("forward", False)):
         works = {}
         for name, model in models.items():
             stages = passes(model, bands, t, y, precision, backward)
@@ -328,10 +342,10 @@ def bench_compare(side: int, rounds: int, device: torch.device, precision: str) 
 
 
 def show_compare(result: dict) -> None:
-    for what in ("training step", "evaluation"):
+    for what in ("forward and backward", "forward"):
         for name, ratio in result[what]["over"].items():
             limit = f" (FLOPs: {result['limit']:.3f})" if name == "diffusers DiT" else ""
-            print(f"{result['side']:4d} latents, K = {result['num_scales']}  {what:14s} ours / {name:24s} {ratio:.3f}"
+            print(f"{result['side']:4d} latents, K = {result['num_scales']}  {what:20s} ours / {name:24s} {ratio:.3f}"
                   f"{limit}", flush=True)
 
 
@@ -343,13 +357,13 @@ def bench_fid(count: int = 50_000, dim: int = 2048, batch: int = 250) -> dict:
     """Seconds and peak memory of what fid.py does with the features of `count` images."""
     generator, made, began = np.random.default_rng(0), [], time.perf_counter()
     for scale in (1.0, 1.1):
-        statistics = features.Statistics({}, count)
+        added_up = features.Statistics({}, count)
         for _ in range(count // batch):
             drawing = time.perf_counter()
             drawn = scale * generator.standard_normal((batch, dim), np.float32)
             began += time.perf_counter() - drawing          # making them up does not count
-            statistics.add(drawn)
-        made.append((statistics.mean, statistics.cov))
+            added_up.add(drawn)
+        made.append((added_up.mean, added_up.cov))
     added = time.perf_counter()
     distance = fid.frechet_distance(*made[0], *made[1])
     return {"images": count, "features": dim, "seconds_statistics_of_one": (added - began) / 2,
@@ -378,19 +392,20 @@ def measure_sampling(arguments: dict, name: str | None, device: str | None, roun
     with tempfile.TemporaryDirectory() as folder:
         if name:
             run = runs.load_run(name, device=device)
-            settings = runs.solver_settings(run.cfg)
+            cfg, settings = run.cfg, runs.solver_settings(run.cfg)
         else:
-            cfg = config.resolve({**arguments, "out": folder})
+            cfg = config.resolve(arguments)
             if cfg.dataset not in plan.KNOWN:
                 raise UserError("give bench.py sample a --preset of the paper, or the directory of a trained run")
             run = random_run(cfg, Path(folder), where)
             row = config.find_row(cfg)
             nfe = config.PRESETS[row].paper.get("nfe", 80) if row else 80
             settings = {**runs.solver_settings(dataclasses.replace(cfg, solver="euler", solver_steps=nfe)),
-                        "precision": cfg.precision}
+                        "precision": cfg.precision}         # of training: sample.py takes float32 unless told otherwise
         if run.cfg.compile and where.type == "cuda":
             runs.compile_blocks(run.model)
-        show("sample", bench_sample(run, settings, rounds), record, run.cfg, where)
+        result = {"row": config.find_row(cfg), **bench_sample(run, settings, rounds)}
+        show("sample", result, record, cfg, where)
 
 
 def main(arguments: dict) -> None:
@@ -398,6 +413,13 @@ def main(arguments: dict) -> None:
         arguments.pop(key) for key in ("record", "device", "what", "rounds", "sides", "run"))
     if rounds < 1 or not all(side.isdecimal() and int(side) % 8 == 0 and int(side) for side in sides.split(",")):
         raise UserError("--rounds must be at least 1, and --sides numbers divisible by 8, like 32,64")
+    if what != "train" and "RANK" in os.environ:
+        raise UserError(f"bench.py {what} is made by one process: start it with python")
+    read = {"train": arguments, "sample": {} if name else arguments, "compare": {"precision"}}.get(what, {})
+    ignored = [f"--{key.replace('_', '-')}" for key in arguments if key not in read] + [name] * (what != "sample")
+    if any(ignored):
+        raise UserError(f"bench.py {what} does not read {', '.join(filter(None, ignored))}: leave it out")
+    Config(precision=arguments.get("precision", Config.precision))              # raises UserError for an unknown one
     fid.check_record(record)
     if what == "count":
         rows = bench_count()

@@ -109,7 +109,7 @@ def solve(velocity: Callable, noise: list[Tensor], schedule, solver: str = "dopr
     device, bands, nfe = noise[0].device, [], 0
     time_dtype = torch.float32 if device.type == "mps" else torch.float64
     for j, (start, end) in enumerate(schedule.segments):
-        if j < len(noise):
+        if j < len(noise):                                  # a preview has no noise for the finer bands
             bands = schedule.enter(j, bands, noise[j].to(torch.promote_types(noise[j].dtype, torch.float32)))
         shapes = [band.shape[1:] for band in bands]
 
@@ -152,7 +152,7 @@ class Guided:
     """A model whose velocity is v_null + w (v_cond - v_null), on all channels and all bands, in one doubled batch.
 
     Nothing is doubled when w is 1, without labels, or at times outside the interval (Kynkaanniemi et al. 2024).
-    `calls` counts the calls by side of the finest band, `passes` those of the network for an image: a doubled one is 2.
+    calls[side]: velocity calls while the finest active band had that side; passes: all, a doubled one counted twice.
     """
 
     def __init__(self, model: Callable, cfg_scale: float = 1.0, interval: tuple[float, float] = (0.0, 1.0),

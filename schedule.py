@@ -38,7 +38,7 @@ class Schedule:
 
     starts: tuple[float, ...] = (0.0, 0.5)
     path: str = "linear"
-    image = staticmethod(reconstruct)                       # what a list of bands shows
+    image = staticmethod(reconstruct)                       # bands -> image; a baseline has its own
 
     def __post_init__(self):
         starts = tuple(self.starts)
@@ -100,11 +100,11 @@ def noise_bands(n, shape: tuple[int, int, int], num_scales: int, kind: str = "py
 
 
 def stage_groups(rng, stages: str, num_scales: int) -> list:
-    """Which rows train which stage: [(stage, rows of this process, how many rows of the whole batch that stands for)].
+    """Which rows train which stage: [(stage, rows of this process, what to divide the sum of their errors by)].
 
     stages="batch" draws one stage for the whole batch, as the paper does. # not in paper: "stratified" gives every
-    stage its share of each batch, row g of the whole batch stage g mod K: the same cost, less variance.
-    rng is a `data.BatchRandom`.
+    stage its share of each batch, row g of the whole batch stage g mod K: the same cost, less variance. With K = 2 and
+    a batch of 8, a process with rows 3..5 gets (0, row 4, 8) and (1, rows 3 and 5, 8). rng is a `data.BatchRandom`.
     """
     if stages not in STAGES:
         raise UserError(f"unknown stages {stages!r}; choose one of {', '.join(STAGES)}")
@@ -122,7 +122,7 @@ def loss(model: Callable, x1: Tensor, y: Tensor | None, schedule: Schedule, rng,
     loss of the whole batch. stages: see `stage_groups`.
     # not in paper: full_range=False draws t from the segment [T_s, T_(s+1)] in place of [T_s, 1].
 
-    Returns the scalar loss, summed over bands, and for each band a pair (t, squared error), one number per example.
+    Returns the scalar loss, summed over bands, and for each active band a pair (t, squared error), one number per example.
     """
     num_scales = schedule.num_scales
     x0 = noise_bands(rng, x1.shape[1:], num_scales, noise)
@@ -146,7 +146,7 @@ def loss(model: Callable, x1: Tensor, y: Tensor | None, schedule: Schedule, rng,
 
 
 def main() -> None:
-    """Prints alpha and sigma of a two-scale schedule on every path, and draws them to schedule.png."""
+    """Prints alpha of both bands of a two-scale schedule on every path; draws alpha and sigma to schedule.png."""
     from pictures import pyplot
 
     figure, axes = pyplot().subplots(1, len(PATHS), figsize=(14, 3.4), sharey=True, layout="constrained")

@@ -1,4 +1,4 @@
-"""Training. `python train.py` takes scikit-learn's digits from nothing to trained, sampled and scored in three minutes.
+"""Training. `python train.py` takes scikit-learn's digits from nothing to trained, sampled and scored in two minutes.
 
     python train.py                                          8 x 8 digits, 10 classes, on a laptop's CPU
     python train.py --dataset photos --res 64                crops of two photographs
@@ -93,7 +93,7 @@ class Training:
         room = kept * self.model.count_parameters() * (16 if cfg.ema else 12)
         ranks.first_does(lambda: checkpoint.prepare(self.out, fresh, room))
         state = ranks.first_does(lambda: checkpoint.load_newest(self.out))
-        self.step = int(ranks.sum(torch.tensor(float(state["step"] if state else 0))))
+        self.step = ranks.share(state["step"] if state else 0)                  # only the first process has read it
         self.renew = False                                  # a finished run, now with other settings for its samples
         if self.step:
             self.restore(state or checkpoint.read(checkpoint.path(self.out, self.step), checked=True))
@@ -156,7 +156,7 @@ class Training:
             return self.loss(self.model, x1, y, self.schedule, rng)
 
     def update(self, micro_batches: list, metrics: Metrics) -> None:
-        """One step: the gradient of the whole batch, AdamW, the average. Does not wait for the device."""
+        """One step: the gradient of the whole batch, AdamW, the average. Waits for no device where AdamW is fused."""
         self.optimizer.zero_grad(set_to_none=True)
         step_loss = 0.0
         for part, (raw, y) in zip(self.rows, micro_batches, strict=True):
@@ -189,7 +189,7 @@ def main(cfg: Config, fresh: bool = False, device: str | None = None, record: st
     """
     began, handlers, ranks = time.perf_counter(), stop.install(), Ranks.start(device)
     try:
-        stop.wait(ranks.world > 1)                          # several processes leave together, after a step
+        stop.wait(ranks.world > 1)                          # a signal now ends one process; several leave together
         run, dataset, resumed = train(cfg, fresh, ranks, record, began + stop_after)
     finally:
         ranks.stop()
@@ -211,7 +211,7 @@ def main(cfg: Config, fresh: bool = False, device: str | None = None, record: st
 
 def train(cfg: Config, fresh: bool, ranks: Ranks, record: str | None, deadline: float,
           dataset: data.Dataset | None = None) -> tuple[runs.Run | None, data.Dataset, bool]:
-    """The loop. Returns the trained run (None when it was stopped early), its data, and whether it was continued."""
+    """The loop. Returns the trained run (None when it was asked to stop), its data, and whether it was continued."""
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("high")              # TF32 where a GPU computes in float32
     sample.check_solver(cfg.solver, cfg.solver_steps, "--solver-steps")
@@ -222,7 +222,7 @@ def train(cfg: Config, fresh: bool, ranks: Ranks, record: str | None, deadline: 
     runs.check_guidance(cfg, cfg.cfg_scale, dataset.classes)
     job = Training(cfg, ranks, dataset)
     run = job.begin(fresh)
-    stop.wait(True)                                         # a signal: end this step, save, leave
+    stop.wait(True)                                         # from here on it lets the step end: save, and leave
     metrics, ending = Metrics(cfg, job.out, job.step, ranks, job.model, len(dataset)), False
     batches = data.read_ahead(dataset, cfg, job.step, job.rows, pin=job.device.type == "cuda")
     bar = tqdm(total=cfg.steps, initial=job.step, desc="training", unit="step", mininterval=0.5,
@@ -258,7 +258,7 @@ def train(cfg: Config, fresh: bool, ranks: Ranks, record: str | None, deadline: 
     if ranks.any(stop.asked):                               # in the last step
         ranks.say(late)
         return None, dataset, job.resumed
-    stop.wait(False, late)
+    stop.wait(False, late)                                  # nothing is left to save: a signal ends it at once
     run.model.eval().requires_grad_(False)
     return run, dataset, job.resumed
 

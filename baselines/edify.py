@@ -73,7 +73,7 @@ def schedule(cfg: Config) -> Edify:
 def loss(model: Callable, x1: Tensor, y: Tensor | None, schedule: Edify, rng,
          stages: str = "stratified") -> tuple[Tensor, list]:
     """Mean squared error of d X / dt; each example at one scale, at a time in its window."""
-    num_scales = schedule.num_scales
+    num_scales, u = schedule.num_scales, rng.rand()                                 # u (B,)
     noise, bands = noise_bands(rng, x1.shape[1:], num_scales, "independent"), decompose(x1, num_scales)
 
     def state(i, rows, u):
@@ -81,7 +81,7 @@ def loss(model: Callable, x1: Tensor, y: Tensor | None, schedule: Edify, rng,
         t = start + (end - start) * u
         return *schedule.interpolate([band[rows] for band in bands[: i + 1]], noise[i][rows], i, t), t
 
-    return loss_of(model, y, num_scales, rng, stages, state)
+    return loss_of(model, y, u, num_scales, rng, stages, state)
 
 
 def sample(model: Callable, n, y: Tensor | None, schedule: Edify, shape: tuple, solve: Callable, **solver) -> Tensor:

@@ -87,7 +87,7 @@ def schedule(cfg: Config) -> Pyramidal:
 def loss(model: Callable, x1: Tensor, y: Tensor | None, schedule: Pyramidal, rng,
          stages: str = "stratified") -> tuple[Tensor, list]:
     """Mean squared error of X_e - X_s, each example in one stage (stratified, as the paper mixes them in a batch)."""
-    num_scales, shape, images = schedule.num_scales, x1.shape[1:], [x1]
+    num_scales, u, shape, images = schedule.num_scales, rng.rand(), x1.shape[1:], [x1]      # u (B,)
     while len(images) < num_scales:
         images.insert(0, down(images[0]))                                           # x^i
     if schedule.form == "pixelflow":
@@ -103,7 +103,7 @@ def loss(model: Callable, x1: Tensor, y: Tensor | None, schedule: Pyramidal, rng
         xt, v = schedule.interpolate(images[i][rows], coarser, noise[i][rows], i, tau)
         return xt, v, start + (end - start) * tau                                   # the clock
 
-    return loss_of(model, y, num_scales, rng, stages, state)
+    return loss_of(model, y, u, num_scales, rng, stages, state)
 
 
 def sample(model: Callable, n, y: Tensor | None, schedule: Pyramidal, shape: tuple, solve: Callable,

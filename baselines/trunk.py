@@ -30,15 +30,14 @@ class OneImage:
         return 0.5 ** (self.num_scales - 1 - i)
 
 
-def loss_of(model: Callable, y: Tensor | None, num_scales: int, rng, stages: str,
+def loss_of(model: Callable, y: Tensor | None, u: Tensor, num_scales: int, rng, stages: str,
             state: Callable) -> tuple[Tensor, list]:
     """Mean squared error of d X / dt, each example at one scale, as schedule.loss returns it.
 
-    state(i, rows, u) gives xt, its velocity and the time (B_i,) for these rows of the batch; u (B_i,) is uniform.
+    u (B,) is uniform; state(i, rows, u) gives xt, its velocity and the time (B_i,) for some rows and their u.
     rng is a `data.BatchRandom`.
     """
-    u, total = rng.rand(), 0.0                                                      # u (B,)
-    errors = [(u[:0], u[:0])] * num_scales
+    total, errors = 0.0, [(u[:0], u[:0])] * num_scales
     groups = stage_groups(rng, stages, num_scales)
     for i, rows, share in groups:
         if not len(u[rows]):

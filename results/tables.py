@@ -134,24 +134,32 @@ def ablations() -> str:
 
 
 def speed() -> str:
-    """Our step and evaluation against those of a single-scale DiT and of the other LapFlow; ratios of medians."""
+    """Our passes against those of a single-scale DiT and of the other LapFlow; ratios of medians."""
     rows = [row for row in lines("bench") if row.get("what") == "compare"]
-    out = ["| latents | K | | FLOPs, ours / one scale | time, ours / diffusers' DiT | time, ours / "
-           "rectified-flow-pytorch |", "|---" * 6 + "|"]
+    others = {"diffusers DiT": "diffusers' DiT", "rectified-flow-pytorch": "rectified-flow-pytorch"}
+    out = ["| latents | K | batch | | FLOPs, ours / our one scale | " + " | ".join(
+        f"time, ours / {name}" for name in others.values()) + " |", "|---" * (5 + len(others)) + "|"]
     for row in rows:
-        for what in ("training step", "evaluation"):
-            over = row[what]["over"]
-            out.append(f"| {row['side']} x {row['side']} | {row['num_scales']} | {what} | {row['limit']:.3f} | "
-                       f"{over['diffusers DiT']:.3f} | {over['rectified-flow-pytorch']:.3f} |")
-    first, drawn = rows[0], next(row for row in lines("bench") if row.get("what") == "sample")
-    one, many = drawn["batch 1"], drawn["batch 64"]
-    return "\n".join([
-        *out, "", f"Batches of {', '.join(str(row['batch']) for row in rows)}, {first['precision']}; "
-        f"{first['hardware']}; {first['versions']}; commit {', '.join(sorted({row['commit'] for row in rows}))}; "
-        f"`{first['command']}`. On a GPU: not measured.", "",
-        f"Sampling the digits (`{drawn['command']}`): {one['seconds_per_image']:.2f} s for one image, "
-        f"{many['seconds_per_image']:.4f} s each in a batch of 64, NFE {many['nfe']}; a preview is "
-        f"{one['preview_speed_up']:.1f} and {many['preview_speed_up']:.1f} times faster."])
+        for what in ("forward and backward", "forward"):
+            ratios = [f"{row[what]['over'][name]:.3f}" if name in row[what]["over"] else "not measured"
+                      for name in others]
+            out.append(f"| {row['side']} x {row['side']} | {row['num_scales']} | {row['batch']} | {what} | "
+                       f"{row['limit']:.3f} | {' | '.join(ratios)} |")
+
+    def all_of(key):
+        return "; ".join(dict.fromkeys(str(row[key]) for row in rows))
+
+    packages = ", ".join(dict.fromkeys(f"{name} {of}" for row in rows for name, of in row["packages"].items()))
+    out += ["", f"{all_of('hardware')}; {all_of('precision')}; {all_of('versions')}, {packages}; commit "
+                f"{all_of('commit')}; `{all_of('command')}`."]
+    for row in lines("bench"):
+        if row.get("what") == "sample":
+            one, many = row["batch 1"], row["batch 64"]
+            out += ["", f"Sampling `{row['row']}` (`{row['command']}`; {row['hardware']}; commit {row['commit']}): "
+                    f"{one['seconds_per_image']:.2f} s for one image, {many['seconds_per_image']:.4f} s each in a "
+                    f"batch of 64, NFE {many['nfe']}; a preview is {one['preview_speed_up']:.1f} and "
+                    f"{many['preview_speed_up']:.1f} times faster."]
+    return "\n".join(out)
 
 
 TABLES = {"digits": digits, "presets": presets, "speed": speed, "study": study, "causal": causal,
