@@ -122,7 +122,7 @@ def loss(model: Callable, x1: Tensor, y: Tensor | None, schedule: Schedule, rng,
     loss of the whole batch. stages: see `stage_groups`.
     # not in paper: full_range=False draws t from the segment [T_s, T_(s+1)] in place of [T_s, 1].
 
-    Returns the scalar loss, summed over bands, and for each active band a pair (t, squared error), one number per example.
+    Returns the scalar loss, summed over bands, and for each active band (t, squared error), one number per example.
     """
     num_scales = schedule.num_scales
     x0 = noise_bands(rng, x1.shape[1:], num_scales, noise)

@@ -70,13 +70,13 @@ def causal() -> str:
     """What previews, refinement and upsampling measured on the default run."""
     preview, refine, vary, upsample = ({row["what"]: row for row in lines("causal")}[what] for what in (
         "preview", "refine", "vary", "upsample"))
-    rows = {"a preview, against a whole image": f"{preview['speed_up']:.1f} times faster",
+    rows = {"a preview, against a whole image (thirty at a time)": f"{preview['speed_up']:.1f} times faster",
             "coarse bands of finished images, against their previews":
             f"at most {refine['largest_difference']:.0e} apart",
             "standard deviation between eight variations": f"{vary['std']:.2f}",
             "and between their averages over coarse pixels": f"{vary['std_coarse']:.0e}",
-            "an upsampled digit averaged down, against the input": f"{upsample['rms_of_input']:.1f} of 255 (root mean "
-            f"square); bicubic {upsample['rms_of_input_bicubic']:.1f}"}
+            "an upsampled digit averaged down, against the input (what clipping to 0..255 changes)":
+            f"{upsample['rms_of_input']:.1f} of 255 (root mean square); bicubic {upsample['rms_of_input_bicubic']:.1f}"}
     out = ["| on the digits | measured |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
     return "\n".join([*out, "", f"heun, {preview['steps']} steps; {preview['hardware']}; {preview['versions']}; commit "
                       f"{preview['commit']}."])
@@ -157,8 +157,8 @@ def speed() -> str:
             one, many = row["batch 1"], row["batch 64"]
             out += ["", f"Sampling `{row['row']}` (`{row['command']}`; {row['hardware']}; commit {row['commit']}): "
                     f"{one['seconds_per_image']:.2f} s for one image, {many['seconds_per_image']:.4f} s each in a "
-                    f"batch of 64, NFE {many['nfe']}; a preview is {one['preview_speed_up']:.1f} and "
-                    f"{many['preview_speed_up']:.1f} times faster."]
+                    f"batch of 64, NFE {many['nfe']} ({row['solver']}); a preview is {one['preview_speed_up']:.1f} "
+                    f"times faster for one image, {many['preview_speed_up']:.1f} in a batch of 64."]
     return "\n".join(out)
 
 

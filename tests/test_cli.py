@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from itertools import product
 
 import numpy as np
 import pytest
@@ -130,10 +131,10 @@ def commands_of_the_readme() -> list[str]:
 @pytest.mark.slow
 def test_every_command_of_the_readme_runs(run_script, tmp_path):
     """In their order, in one directory; training is shortened, and the folder they speak of is made here."""
-    for i in range(4):                                                          # too few to score: that is said
-        (tmp_path / "photos" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+    for i, folder in product(range(4), ("my-images", "others")):                # too few to score: that is said
+        (tmp_path / folder / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
         noise = np.random.default_rng(i).integers(0, 256, (80, 70, 3)).astype(np.uint8)
-        Image.fromarray(noise).save(tmp_path / "photos" / "ab"[i % 2] / f"{i}.png")
+        Image.fromarray(noise).save(tmp_path / folder / "ab"[i % 2] / f"{i}.png")
     Image.fromarray(np.full((4, 4), 128, np.uint8)).save(tmp_path / "small.png")
     commands = commands_of_the_readme()
     assert {"python train.py", "python sample.py", "python fid.py"} <= set(commands)
