@@ -43,7 +43,7 @@ def test_the_map_names_what_is_there():
     tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     assert len(rows) >= 12
     for _, where, proof in rows:
-        assert "`" in where and "`" in proof
+        assert "](" in where and "`" in proof
         sources = "".join((ROOT / file).read_text() for file in re.findall(r"\]\((.*?)\)", where))
         for name in re.findall(r"`(.*?)`", where):
             assert re.search(rf"^ *(def|class) {name.split('.')[-1]}\b|^{name} = ", sources, flags=re.M), name
