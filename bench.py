@@ -64,9 +64,11 @@ import plan
 import runs
 import sample
 import train
+from baselines import lfm
 from config import Config, UserError
 from model import MoTDiT
 from ranks import Ranks, best_device
+from schedule import noise_bands
 
 # ---------------------------------------------------------------------------------------------------------------------
 # count
@@ -84,7 +86,7 @@ def bench_count() -> list[dict]:
         channels, classes, side, _ = plan.shapes(cfg)
         model = plan.meta_model(cfg, channels, classes, side)
         with torch.device("meta"):
-            whole = MoTDiT(cfg.size, channels, side, 1, classes, condition_tokens=cfg.condition_tokens)
+            whole = lfm.network(cfg, channels, classes, side)
         row = {"preset": name, "method": cfg.method, "parameters": model.count_parameters(),
                "tokens": [model.tokens(s) for s in range(model.num_scales)],
                "gflops": [model.flops(s) / 1e9 for s in range(model.num_scales)], "mean": model.mean_flops() / 1e9,
@@ -153,10 +155,10 @@ def passes(model: MoTDiT, bands: list, t, y, precision: str, backward: bool) -> 
 
 def random_inputs(model: MoTDiT, batch: int, device) -> tuple:
     """bands, t, y"""
-    sides = [model.resolution >> k for k in reversed(range(model.num_scales))]
-    y = torch.zeros(batch, dtype=torch.long, device=device) if model.num_classes else None
-    return [torch.randn(batch, model.in_channels, s, s, device=device) for s in sides], torch.rand(batch,
-                                                                                               device=device), y
+    shape = (model.in_channels, model.resolution, model.resolution)
+    bands = noise_bands(data.ImageRandom(0, range(batch), device), shape, model.num_scales, "independent")
+    y = torch.randint(model.num_classes, (batch,), device=device) if model.num_classes else None
+    return bands, torch.rand(batch, device=device), y
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,11 +198,9 @@ def bench_train(cfg: Config, ranks: Ranks, folder: Path, rounds: int) -> dict:
               "seconds_first_line": cfg.log_every * cfg.batch / lines[0]["images_per_second"] if lines else None,
               "parameters": run.model.count_parameters(), "batch": cfg.batch}
     if cfg.method == "lapflow":
-        model, free = run.model.requires_grad_(True), torch.cuda.mem_get_info(ranks.device)[0] if (
-            ranks.device.type == "cuda") else float("inf")
-        share = cfg.batch // ranks.world
-        micro_batch = cfg.micro_batch or plan.fit_micro_batch(
-            model, dataclasses.replace(cfg, stages="batch"), share, free, ranks.world)
+        model, whole = run.model.requires_grad_(True), dataclasses.replace(cfg, stages="batch")
+        micro_batch = cfg.micro_batch or plan.fit_micro_batch(model, whole, cfg.batch // ranks.world,
+                                                              plan.free_memory(ranks.device), ranks.world)
         result["micro_batch"] = micro_batch                 # of the stages alone, below
         if cfg.compile and run.weights == "ema":            # the trained one is compiled already
             runs.compile_blocks(model)
@@ -310,10 +310,10 @@ def bench_compare(side: int, rounds: int, device: torch.device, precision: str) 
     """Ratios of medians, at one size of the latents; every model on random weights."""
     num_scales = SCALES.get(side, 3)
     ours = MoTDiT((WIDTH, DEPTH, HEADS, 2), 4, side, num_scales, CLASSES)
-    whole = MoTDiT((WIDTH, DEPTH, HEADS, 2), 4, side, 1, CLASSES)
+    with torch.device("meta"):
+        whole = MoTDiT((WIDTH, DEPTH, HEADS, 2), 4, side, 1, CLASSES)
     batch = max(1, (65536 if device.type == "cuda" else 2048) // whole.num_tokens[0])
     bands, t, y = random_inputs(ours, batch, device)
-    y = torch.randint(CLASSES, (batch,)).to(device)
     models = {"ours": ours, "diffusers DiT": diffusers_dit(side)}
     if (other := other_lapflow(side, num_scales)) is not None:
         models["rectified-flow-pytorch"] = other

@@ -9,6 +9,7 @@ stated share of the GPU's peak; nothing here was timed on a GPU.
 """
 
 import dataclasses
+import math
 from pathlib import Path
 
 import torch
@@ -56,6 +57,11 @@ def memory_bytes(model, cfg: Config, micro_batch: int, world: int = 1) -> int:
     state = 4 * model.count_parameters() * (4 + (cfg.ema > 0) + (world > 1) + 0.5 * (cfg.precision == "bfloat16"))
     per_image = [activation_bytes(model, stage, cfg.precision) for stage in range(model.num_scales)]
     return int(state + micro_batch * (max(per_image) if cfg.stages == "batch" else sum(per_image) / len(per_image)))
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that are free on a GPU; elsewhere nothing is known, and nothing is held back."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
 
 
 def fit_micro_batch(model, cfg: Config, share: int, free: int, world: int = 1) -> int:

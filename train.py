@@ -72,8 +72,7 @@ class Training:
         self.out, self.facts, self.step = Path(cfg.out), data.facts(dataset), 0
         self.schedule, self.loss, _ = sample.method(cfg)
         dataset.to(self.device)
-        cuda, share = self.device.type == "cuda", max(1, cfg.batch // ranks.world)
-        free = ranks.least(torch.cuda.mem_get_info(self.device)[0] if cuda else math.inf)
+        share, free = max(1, cfg.batch // ranks.world), ranks.least(plan.free_memory(self.device))
         model = runs.build_model(cfg, dataset.channels, len(dataset.classes), dataset.side).to(self.device)
         micro_batch = cfg.micro_batch or plan.fit_micro_batch(model, cfg, share, free, ranks.world)
         self.rows = ranks.rows(cfg.batch, micro_batch)

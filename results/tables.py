@@ -7,21 +7,18 @@
 
 import json
 import re
-import statistics
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import compare  # noqa: E402
+import plan  # noqa: E402
 
 
 def lines(name: str) -> list[dict]:
     return [json.loads(line) for line in (ROOT / "results" / f"{name}.jsonl").read_text().splitlines()]
-
-
-def mean(values: list[float], places: int = 3) -> str:
-    """Mean and, with several seeds, the sample standard deviation."""
-    text = f"{statistics.mean(values):.{places}f}"
-    return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.{places}f}"
 
 
 def digits() -> str:
@@ -34,9 +31,10 @@ def digits() -> str:
              "precision": "precision (k = 3)", "recall": "recall (k = 3)"}
     out = ["| 500 images, classes balanced | LapFlow | real images |", "|---|---|---|"]
     for name, text in names.items():
-        out.append(f"| {text} | {mean([r[name] for r in rows])} | {rows[0]['real'][name]:.3f} |")
-    out.append(f"| NFE ({rows[0]['solver']}) | {mean([r['nfe'] for r in rows], 0)} | |")
-    out.append(f"| `python train.py` from start to end, seconds | {mean([r['seconds_total'] for r in rows], 0)} | |")
+        out.append(f"| {text} | {compare.spread([r[name] for r in rows], 3)} | {rows[0]['real'][name]:.3f} |")
+    out.append(f"| NFE ({rows[0]['solver']}) | {compare.spread([r['nfe'] for r in rows], 0)} | |")
+    seconds = compare.spread([r["seconds_total"] for r in rows], 0)
+    out.append(f"| `python train.py` from start to end, seconds | {seconds} | |")
     out += ["", f"{len(rows)} training seeds, mean ± standard deviation; {rows[0]['hardware']}; {rows[0]['versions']}; "
                 f"commit {rows[0]['commit']}; `{rows[0]['command']}`."]
     return "\n".join(out)
@@ -44,9 +42,6 @@ def digits() -> str:
 
 def presets() -> str:
     """The rows of the paper: closed forms of this code and the paper's numbers, no measurement."""
-    sys.path.insert(0, str(ROOT))
-    import plan
-
     return plan.table()
 
 
@@ -97,18 +92,12 @@ def mask_cost() -> str:
 
 def systems() -> str:
     """The systems side by side on the digits."""
-    sys.path.insert(0, str(ROOT))
-    import compare
-
     runs, times = compare.gathered(lines("compare"), compare.SYSTEMS)
     return compare.table(runs, {}, times)
 
 
 def ablations() -> str:
     """The ablations on the digits, the paper's FID beside our distance, and whether its ranking holds."""
-    sys.path.insert(0, str(ROOT))
-    import compare
-
     rows = lines("ablations")
     out = ["| ablation | | FD | class variance | NFE | parameters, M | paper: FID |", "|---" * 7 + "|"]
     for ablation, variants in compare.ABLATIONS.items():
@@ -119,7 +108,7 @@ def ablations() -> str:
         paper = {name: fid for name, (_, fid) in variants.items()}
         for name, of in runs.items():
             if of:
-                said = [mean([row[key] for row in of], places) for key, places in (
+                said = [compare.spread([row[key] for row in of], places) for key, places in (
                     ("frechet_pixel", 3), ("class_variance", 3), ("nfe", 0))]
                 out.append(f"| {ablation} | {name} | {' | '.join(said)} | {of[0]['parameters'] / 1e6:.2f} | "
                            f"{paper[name] or ''} |")
