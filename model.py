@@ -8,8 +8,12 @@ they meet the other bands in one softmax attention per block, where BAND i READS
 finer ones, so any prefix of bands is a valid input and gives the same velocities as the full pyramid.
 The mask is never built: the keys band i may read are a prefix of all keys, so one fused call per band does it.
 
-    python model.py               prints parameters, tokens and FLOPs of every size, and shows that the mask holds
+`python -m studies.plan` prints parameters, tokens and FLOPs of every size.
 """
+
+from collections.abc import Callable
+from functools import partial
+from math import isqrt
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from config import UserError
+from data.conditions import Labels
 
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}  # hidden_size, depth, heads
 EXPERTS = ("full", "qkv", "none")
@@ -34,18 +39,34 @@ def parse_size(size: str | tuple) -> tuple[int, int, int, int]:
                 max(hidden_size, patch) > 2**14 or depth > 512):
             raise ValueError
     except (KeyError, ValueError):
-        raise UserError(
-            f"unknown model size {size!r}; use one of {', '.join(SIZES)} with a patch size, like B/2, or four numbers "
-            "hidden_size,depth,num_heads,patch_size with hidden_size divisible by 4 * num_heads, depth at most 512, "
-            "like 128,4,4,2"
-        ) from None
+        raise UserError(f"unknown model size {size!r}; use one of {', '.join(SIZES)} with a patch size, like B/2, or "
+                        "four numbers hidden_size,depth,num_heads,patch_size with hidden_size divisible by 4 * "
+                        "num_heads, depth at most 512, like 128,4,4,2") from None
     return hidden_size, depth, num_heads, patch
+
+
+def check_model(resolution: int, num_scales: int, p: int, experts: str, mask: str) -> None:
+    """Raises UserError for a resolution that does not fit the patches of all bands, and for an unknown option."""
+    for name, value, choices in (("experts", experts, EXPERTS), ("mask", mask, MASKS)):
+        if value not in choices:
+            raise UserError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")
+    step = p * 2 ** (num_scales - 1)
+    if resolution < 1 or resolution % step:
+        nearest = max(step, round(resolution / step) * step)
+        raise UserError(f"a model input of {resolution} x {resolution} does not fit {num_scales} scales with patch "
+                        f"size {p}: it must be divisible by {p} * 2^{num_scales - 1} = {step}; the nearest that works "
+                        f"is {nearest}")
+    if resolution // p > 1024:
+        raise UserError(f"a model input of {resolution} x {resolution} with patch size {p} has "
+                        f"{(resolution // p) ** 2:,} tokens, and this model takes a million: use larger patches")
 
 
 def sincos_positions(hidden_size: int, grid: int) -> Tensor:
     """2-D sin-cos position of every token of a grid x grid band, (grid^2, D): half of D for rows, half for columns."""
-    place = torch.arange(grid, dtype=torch.float64)                                         # (grid,)
-    omega = 10000 ** (-torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size // 4))
+    if torch.get_default_device().type == "meta":           # shapes are all that is asked for
+        return torch.empty(grid * grid, hidden_size)
+    place, steps = (torch.arange(n, dtype=torch.float64, device="cpu") for n in (grid, hidden_size // 4))
+    omega = 10000 ** (-steps / (hidden_size // 4))                                          # (D/4,)
     angle = place[:, None] * omega                                                          # (grid, D/4)
     axis = torch.cat([angle.sin(), angle.cos()], dim=1)                                     # (grid, D/2)
     rows = axis[:, None].expand(grid, grid, -1)
@@ -106,8 +127,8 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t: Tensor) -> Tensor:
-        with torch.autocast(t.device.type, enabled=False):  # float32, whatever the blocks compute in
-            return self.embed(t)
+        with torch.autocast("cpu" if t.is_meta else t.device.type, enabled=False):
+            return self.embed(t)                            # float32, whatever the blocks compute in
 
     def embed(self, t: Tensor) -> Tensor:
         omega = 10000 ** (-torch.arange(128, dtype=torch.float32, device=t.device) / 128)
@@ -175,47 +196,42 @@ class MoTDiT(nn.Module):
     in_channels    C, of images or latents
     resolution     H = W of the finest band; divisible by patch_size * 2^(K-1)
     num_scales     K; 1 is a plain DiT
-    num_classes    0 is unconditional; otherwise label num_classes is the null label of guidance
+    num_classes    short for a condition of so many labels; 0 is unconditional
     experts        what is per band: full | qkv | none
     mask           which bands a band reads: causal | none | self
-    condition_tokens   also put the time and label embeddings in front of band 0, where every band reads them
+    condition_tokens   also put the time and condition embeddings in front of band 0, where every band reads them
+    condition      hidden_size -> Labels or Vectors, in place of num_classes
 
     Raises UserError for a size, a resolution or an option that does not work. The untrained model returns zeros.
     """
 
     def __init__(self, size: str | tuple = "B/2", in_channels: int = 4, resolution: int = 32, num_scales: int = 2,
-                 num_classes: int = 0, experts: str = "full", mask: str = "causal", condition_tokens: bool = True):
+                 num_classes: int = 0, experts: str = "full", mask: str = "causal", condition_tokens: bool = True,
+                 condition: Callable[[int], nn.Module] | None = None):
         super().__init__()
         d, depth, num_heads, p = parse_size(size)
-        for name, value, choices in (("experts", experts, EXPERTS), ("mask", mask, MASKS)):
-            if value not in choices:
-                raise UserError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")
-        step = p * 2 ** (num_scales - 1)
-        if resolution < 1 or resolution % step:
-            nearest = max(step, round(resolution / step) * step)
-            raise UserError(
-                f"a model input of {resolution} x {resolution} does not fit {num_scales} scales with patch size {p}: "
-                f"it must be divisible by {p} * 2^{num_scales - 1} = {step}; the nearest that works is {nearest}"
-            )
-        if resolution // p > 1024:
-            raise UserError(f"a model input of {resolution} x {resolution} with patch size {p} has "
-                            f"{(resolution // p) ** 2:,} tokens, and this model takes a million: use larger patches")
+        check_model(resolution, num_scales, p, experts, mask)
+        if num_classes and condition is None:
+            condition = partial(Labels, [str(label) for label in range(num_classes)])
         self.hidden_size, self.depth, self.patch_size = d, depth, p
         self.in_channels, self.resolution, self.num_scales = in_channels, resolution, num_scales
-        self.num_classes, self.experts, self.mask = num_classes, experts, mask
-        self.num_cond = (1 + (num_classes > 0)) if condition_tokens else 0
         self.recompute = False                              # in backward, block by block: less memory, more time
 
         grids = [resolution // p // 2**k for k in reversed(range(num_scales))]      # tokens along a side of each band
-        for i, grid in enumerate(grids):
-            self.register_buffer(f"positions_{i}", sincos_positions(d, grid), persistent=False)     # not stored
         self.num_tokens = [grid**2 for grid in grids]                               # N_i
+        self.compute_positions()
         self.patch_in = nn.ModuleList(nn.Linear(in_channels * p * p, d) for _ in grids)
         self.time = TimestepEmbedder(d)
-        self.label = nn.Embedding(num_classes + 1, d) if num_classes else None
+        self.condition = condition(d) if condition else None
+        self.num_classes = len(getattr(self.condition, "classes", ()))              # also the null label
+        self.num_cond = (1 + (self.condition is not None)) if condition_tokens else 0
         self.blocks = nn.ModuleList(MoTBlock(d, num_heads, num_scales, experts, mask) for _ in range(depth))
         self.patch_out = nn.ModuleList(FinalLayer(d, in_channels * p * p) for _ in grids)
         self.initialize()
+
+    def compute_positions(self) -> None:
+        for i, count in enumerate(self.num_tokens):         # not stored with the weights
+            self.register_buffer(f"positions_{i}", sincos_positions(self.hidden_size, isqrt(count)), persistent=False)
 
     def initialize(self) -> None:
         """As DiT: Xavier everywhere, small embeddings, zero modulation and output: blocks start as the identity."""
@@ -223,7 +239,7 @@ class MoTDiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for layer in (self.time.mlp[0], self.time.mlp[2], self.label):
+        for layer in (self.time.mlp[0], self.time.mlp[2], getattr(self.condition, "table", None)):
             if layer is not None:
                 nn.init.normal_(layer.weight, std=0.02)
         zeros = [m for block in self.blocks for m in block.modulation]
@@ -233,9 +249,9 @@ class MoTDiT(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, bands: list[Tensor], t: Tensor, y: Tensor | None = None) -> list[Tensor]:
-        """Velocities of a prefix of bands, each (B, C, H_i, W_i), at times t (B,) in [0, 1], for labels y (B,).
+        """Velocities of a prefix of bands, each (B, C, H_i, W_i), at times t (B,) in [0, 1], for conditions y (B, ...).
 
-        y is None for an unconditional model, and means the null label for a conditional one.
+        y is None for an unconditional model, and means the null condition for a conditional one.
         """
         p = self.patch_size
         xs = [
@@ -251,11 +267,11 @@ class MoTDiT(nn.Module):
     def trunk(self, xs: list[Tensor], time: Tensor, y: Tensor | None) -> tuple[list[Tensor], Tensor]:
         """Condition tokens and all blocks. xs: for each band (B, N_i, D); time (B, D). Returns xs, and c (B, D)."""
         b, c, tokens = len(time), time, [time[:, None]]
-        if self.label is not None:
-            y = torch.full((b,), self.num_classes, device=c.device) if y is None else y
-            label = self.label(y)                                                   # (B, D)
-            tokens.append(label[:, None])
-            c = c + label
+        if self.condition is not None:
+            y = self.condition.null(self.condition.draw(b).to(c.device)) if y is None else y
+            embedding = self.condition(y)                                           # (B, D)
+            tokens.append(embedding[:, None])
+            c = c + embedding
         c = F.silu(c)
         if self.num_cond:
             xs[0] = torch.cat([*(token.expand(b, -1, -1) for token in tokens), xs[0]], dim=1)   # (B, num_cond + N_0, D)
@@ -271,70 +287,8 @@ class MoTDiT(nn.Module):
         """Image tokens of one pass of a stage."""
         return sum(self.num_tokens[: stage + 1])
 
-    def count_parameters(self) -> int:
-        """Closed form. A test compares it with the tensors."""
-        d, k, patch = self.hidden_size, self.num_scales, self.in_channels * self.patch_size**2
-        full, qkv = (k if self.experts == "full" else 1), (k if self.experts != "none" else 1)
-        block = qkv * (3 * d * d + 3 * d) + full * (15 * d * d + 12 * d)            # 15 = modulation 6, proj 1, mlp 8
-        embed = (256 * d + d) + (d * d + d) + ((self.num_classes + 1) * d if self.num_classes else 0)
-        bands = len(self.patch_in) * ((patch * d + d) + (2 * d * d + 2 * d) + (d * patch + patch))
-        return self.depth * block + embed + bands
-
-    def attention_pairs(self, stage: int) -> int:
-        """Query-key pairs of one attention with bands 0..stage, condition tokens included."""
-        n = [self.num_tokens[i] + (self.num_cond if i == 0 else 0) for i in range(stage + 1)]
-        if self.mask == "none":
-            return sum(n) ** 2
-        if self.mask == "causal":
-            return sum(n_i * sum(n[: i + 1]) for i, n_i in enumerate(n))
-        return sum(n_i * (self.num_cond + n_i) for n_i in self.num_tokens[: stage + 1]) + self.num_cond**2
-
-    def flops(self, stage: int) -> int:
-        """FLOPs (two per multiply-add) of one forward pass of one image with bands 0..stage. Closed form.
-
-        Counts matrix products only, as torch's FlopCounterMode does; that is what a test compares it with.
-        """
-        return self.count_flops(self.tokens(stage), self.attention_pairs(stage), stage + 1)
-
-    def count_flops(self, tokens: int, pairs: int, bands: int) -> int:
-        d, patch, full = self.hidden_size, self.in_channels * self.patch_size**2, bands if self.experts == "full" else 1
-        block = (tokens + self.num_cond) * 12 * d * d + 2 * pairs * d + full * 6 * d * d
-        return 2 * (self.depth * block + tokens * 2 * patch * d + bands * 2 * d * d + (256 * d + d * d))
-
-    def mean_flops(self) -> float:
-        """FLOPs of one forward pass of one image, averaged over the stages of training (drawn uniformly)."""
-        return sum(self.flops(s) for s in range(self.num_scales)) / self.num_scales
-
-
-def main() -> None:
-    """Prints parameters, tokens and FLOPs of the four sizes, and shows on a small model that the mask holds."""
-    import argparse
-
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.parse_args()
-    print("32 x 32 latents")
-    print("size   K  experts  parameters M   tokens of each stage   forward GFLOPs of each stage, mean")
-    for name in SIZES:
-        for num_scales, experts in ((1, "none"), (2, "qkv"), (2, "full")):
-            with torch.device("meta"):
-                model = MoTDiT(f"{name}/2", num_scales=num_scales, experts=experts)
-            tokens = [sum(model.num_tokens[: s + 1]) for s in range(num_scales)]
-            flops = "  ".join(f"{model.flops(s) / 1e9:6.1f}" for s in range(num_scales))
-            print(f"{name + '/2':5s}  {num_scales}  {experts:7s}  {model.count_parameters() / 1e6:12.1f}   "
-                  f"{str(tokens):20s}   {flops}, {model.mean_flops() / 1e9:6.1f}")
-
-    model = MoTDiT((64, 3, 4, 2), in_channels=1, resolution=16, num_scales=3)
-    for parameter in model.parameters():                    # leave the zero initialisation
-        torch.nn.init.normal_(parameter, std=0.1)
-    bands = [torch.randn(1, 1, 4 * 2**i, 4 * 2**i) for i in range(3)]
-    before = model(bands, torch.tensor([0.7]))
-    print("\nhow far the output of each band moves when the input of one band changes (causal mask, K = 3)")
-    for j in range(3):
-        changed = [b + (i == j) for i, b in enumerate(bands)]
-        moved = [(a - b).abs().max().item() for a, b in zip(model(changed, torch.tensor([0.7])), before, strict=True)]
-        print(f"  input of band {j} changed:  " + "  ".join(f"band {i} {m:.1e}" for i, m in enumerate(moved)))
-
-
-if __name__ == "__main__":
-    with torch.no_grad():
-        main()
+    def stage_inputs(self, stage: int, batch: int, device: torch.device | str = "cpu") -> tuple[list[Tensor], Tensor]:
+        """Random bands 0..stage and times (B,), as one pass of a stage takes them: for timing and counting."""
+        sides = [self.resolution >> k for k in reversed(range(self.num_scales))][: stage + 1]
+        bands = [torch.randn(batch, self.in_channels, side, side, device=device) for side in sides]
+        return bands, torch.rand(batch, device=device)

@@ -15,18 +15,17 @@ Band i follows   x_t = alpha_i(t) x_1 + sigma(t) x_0   for t in [T_i, 1].   sigm
 shifted and stretched so that band i leaves pure noise, sigma(T_i) x_0, at T_i and arrives at clean data at 1.
 With the local time tau = (t - T_i) / (1 - T_i) the linear path is tau x_1 + (1 - tau)(1 - T_i) x_0: ordinary rectified
 flow whose noise shrinks with the scale.
-
-    python schedule.py            prints the coefficients and draws them
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from config import NOISES, STAGES, UserError
+from config import UserError
 from pyramid import decompose, reconstruct
 
 PATHS = ("linear", "quadratic", "cubic", "gvp")
@@ -34,11 +33,23 @@ PATHS = ("linear", "quadratic", "cubic", "gvp")
 
 @dataclass(frozen=True)
 class Schedule:
-    """Start times T_i and path of every band. Raises UserError when the starts do not increase from 0 to below 1."""
+    """Start times T_i, path and pyramid of the bands, and how training visits them.
+
+    noise    pyramid: x_0 is the pyramid of ONE white image, so the re-summed state is data plus white noise.
+             independent: unit noise in each band.  # not in paper: it leaves this open; both can be measured
+    stages   batch: one stage for a whole batch, as the paper. stratified: row g of a batch trains stage g mod K,
+             the same cost with less variance.  # not in paper
+    full_range   stage s trains on [T_s, 1], as the paper; False: on its segment [T_s, T_(s+1)].  # not in paper
+
+    Raises UserError when the starts do not increase from 0 to below 1.
+    """
 
     starts: tuple[float, ...] = (0.0, 0.5)
     path: str = "linear"
-    image = staticmethod(reconstruct)                       # bands -> image; a baseline has its own
+    pyramid: str = "haar"
+    noise: str = "pyramid"
+    stages: str = "batch"
+    full_range: bool = True
 
     def __post_init__(self):
         starts = tuple(self.starts)
@@ -56,6 +67,17 @@ class Schedule:
     def segments(self) -> list[tuple[float, float]]:
         """[(t_start, t_end), ...], one per stage: segment j runs bands 0..j together."""
         return list(zip(self.starts, tuple(self.starts[1:]) + (1.0,), strict=True))
+
+    @property
+    def shares(self) -> list[float]:
+        """How often each stage is trained."""
+        return [1 / self.num_scales] * self.num_scales
+
+    def split(self, x: Tensor) -> list[Tensor]:
+        return decompose(x, self.num_scales, self.pyramid)
+
+    def image(self, bands: list[Tensor]) -> Tensor:
+        return reconstruct(bands, self.pyramid)
 
     def coefficients(self, i: int, t: float | Tensor) -> tuple[Tensor, ...]:
         """alpha, sigma, d alpha/dt, d sigma/dt of band i at t in [T_i, 1]: tensors of the shape of t.
@@ -84,88 +106,47 @@ class Schedule:
             v.append(d_alpha * data + d_sigma * noise)
         return xt, v
 
+    def draw_noise(self, rng, shape: tuple[int, int, int]) -> list[Tensor]:
+        """x_0 as bands, for images (C, H, W); rng is a source of Gaussians, rng.randn(*shape) -> (B, *shape)."""
+        return self.split(rng.randn(*shape)) if self.noise == "pyramid" else white_bands(rng, shape, self.num_scales)
 
-def noise_bands(n, shape: tuple[int, int, int], num_scales: int, kind: str = "pyramid") -> list[Tensor]:
-    """x_0 as bands, for images of shape (C, H, W); n is a source of Gaussians, n.randn(*shape) -> (B, *shape).
+    def stage_of_rows(self, rng) -> np.ndarray:
+        """The stage (B,) that each row of this process trains; rng is a `data.batches.BatchRandom`."""
+        if self.stages == "batch":
+            return np.full(rng.batch, rng.randint(self.num_scales))[rng.rows]
+        return (np.arange(rng.batch) % self.num_scales)[rng.rows]
 
-    pyramid: the bands of ONE white image, so the re-summed state is sum_i alpha_i U..U x_1 + sigma(t) white noise.
-    independent: unit noise in each band.  # not in paper: it leaves this open; both can be measured
-    """
-    if kind not in NOISES:
-        raise UserError(f"unknown noise {kind!r}; choose one of {', '.join(NOISES)}")
-    if kind == "pyramid":
-        return decompose(n.randn(*shape), num_scales)
+
+def white_bands(rng, shape: tuple[int, int, int], num_scales: int) -> list[Tensor]:
+    """Unit white noise for each band of images (C, H, W), independent of each other."""
     c, h, w = shape
-    return [n.randn(c, h >> k, w >> k) for k in reversed(range(num_scales))]
+    return [rng.randn(c, h >> k, w >> k) for k in reversed(range(num_scales))]
 
 
-def stage_groups(rng, stages: str, num_scales: int) -> list:
-    """Which rows train which stage: [(stage, rows of this process, what to divide the sum of their errors by)].
+def stage_rows(stage: np.ndarray, device: torch.device) -> list[tuple[int, Tensor]]:
+    """[(s, numbers of the rows that train stage s), ...] for the stages that a batch has."""
+    return [(int(s), torch.from_numpy(np.flatnonzero(stage == s)).to(device)) for s in np.unique(stage)]
 
-    stages="batch" draws one stage for the whole batch, as the paper does. # not in paper: "stratified" gives every
-    stage its share of each batch, row g of the whole batch stage g mod K: the same cost, less variance. With K = 2 and
-    a batch of 8, a process with rows 3..5 gets (0, row 4, 8) and (1, rows 3 and 5, 8). rng is a `data.BatchRandom`.
+
+def loss(model: Callable, x1: Tensor, y: Tensor | None, schedule: Schedule,
+         rng) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Algorithm 1: the LapFlow training loss of images x1 (B, C, H, W) with conditions y (B, ...), or None.
+
+    model(bands, t, y) -> velocities; rng is a `data.batches.BatchRandom` for these rows.
+    Returns the mean over the rows of the squared error, summed over bands, and for each active band (t, squared error),
+    one number per example.
     """
-    if stages not in STAGES:
-        raise UserError(f"unknown stages {stages!r}; choose one of {', '.join(STAGES)}")
-    if stages == "batch":
-        return [(rng.randint(num_scales), slice(None), rng.batch)]
-    return [(s, slice((s - rng.rows.start) % num_scales, None, num_scales),
-             num_scales * len(range(s, rng.batch, num_scales))) for s in range(num_scales)]
-
-
-def loss(model: Callable, x1: Tensor, y: Tensor | None, schedule: Schedule, rng, noise: str = "pyramid",
-         stages: str = "batch", full_range: bool = True) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """Algorithm 1: the LapFlow training loss of images x1 (B, C, H, W) with labels y (B,), or None.
-
-    rng is a `data.BatchRandom`; x1 may be a part of its batch, and the loss is that part's share: shares add up to the
-    loss of the whole batch. stages: see `stage_groups`.
-    # not in paper: full_range=False draws t from the segment [T_s, T_(s+1)] in place of [T_s, 1].
-
-    Returns the scalar loss, summed over bands, and for each active band (t, squared error), one number per example.
-    """
-    num_scales = schedule.num_scales
-    x0 = noise_bands(rng, x1.shape[1:], num_scales, noise)
-    x1 = decompose(x1, num_scales)
-    u = rng.rand()                                          # (B,)
-    total, errors = 0.0, [[] for _ in range(num_scales)]
-    for s, rows, share in stage_groups(rng, stages, num_scales):
-        if not len(u[rows]):
-            continue
+    x0 = schedule.draw_noise(rng, x1.shape[1:])             # K bands
+    x1 = schedule.split(x1)
+    stage, u = schedule.stage_of_rows(rng), rng.rand()      # (B,) each
+    total, errors = 0.0, [[] for _ in schedule.starts]
+    for s, rows in stage_rows(stage, u.device):
         start, end = schedule.segments[s]
-        t = start + ((1.0 if full_range else end) - start) * u[rows]            # (B_s,)
-        active = range(s + 1)
-        xt, v = schedule.interpolate([x1[i][rows] for i in active], [x0[i][rows] for i in active], t)
+        t = start + ((1.0 if schedule.full_range else end) - start) * u[rows]   # (B_s,)
+        xt, v = schedule.interpolate([band[rows] for band in x1[: s + 1]], [band[rows] for band in x0[: s + 1]], t)
         v_pred = model(xt, t, None if y is None else y[rows])
-        for i in active:
+        for i in range(s + 1):
             error = (v_pred[i].float() - v[i]).square().mean(dim=(1, 2, 3))     # (B_s,)
-            total = total + error.sum() / share
+            total = total + error.sum() / len(u)
             errors[i].append((t, error.detach()))
-    pairs = [tuple(torch.cat(part) for part in zip(*band, strict=True)) for band in errors if band]
-    return total, pairs
-
-
-def main() -> None:
-    """Prints alpha of both bands of a two-scale schedule on every path; draws alpha and sigma to schedule.png."""
-    from pictures import pyplot
-
-    figure, axes = pyplot().subplots(1, len(PATHS), figsize=(14, 3.4), sharey=True, layout="constrained")
-    for axis, path in zip(axes, PATHS, strict=True):
-        schedule = Schedule((0.0, 0.5), path)
-        print(f"{path:10s}  t     " + "  ".join(f"{t:5.2f}" for t in torch.linspace(0.5, 1, 6)))
-        for i, start in enumerate(schedule.starts):
-            t = torch.linspace(start, 1, 101)
-            alpha, sigma, _, _ = schedule.coefficients(i, t)
-            axis.plot(t, alpha, color=f"C{i}", label=f"alpha of band {i}")
-            row = schedule.coefficients(i, torch.linspace(0.5, 1, 6))[0]
-            print(f"{'':10s}  alpha_{i}" + "  ".join(f"{a:5.2f}" for a in row))
-        t = torch.linspace(0, 1, 101)
-        axis.plot(t, schedule.coefficients(0, t)[1], "k--", label="sigma, shared")
-        axis.set(title=path, xlabel="t (0 noise, 1 data)")
-    axes[0].legend()
-    figure.savefig("schedule.png", dpi=110)
-    print("picture: schedule.png")
-
-
-if __name__ == "__main__":
-    main()
+    return total, [tuple(torch.cat(part) for part in zip(*band, strict=True)) for band in errors if band]

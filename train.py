@@ -1,49 +1,36 @@
 """Training. `python train.py` takes scikit-learn's digits from nothing to trained, sampled and scored in two minutes.
 
     python train.py                                          8 x 8 digits, 10 classes, on a laptop's CPU
-    python train.py --dataset photos --res 64                crops of two photographs
+    python train.py --dataset fashion                        Fashion-MNIST at 32 x 32, under an hour on two cores
     python train.py --dataset folder --data DIR --res 64     your own images; subfolders become classes
-    torchrun --nproc_per_node=8 train.py --dataset celebahq --res 1024     a row of the paper; latents.py goes before
+    torchrun --nproc_per_node=8 train.py --dataset celebahq --res 1024     a row of the paper; data.latents goes before
 
 The same command continues a run that was stopped, on any number of GPUs; --fresh starts it over. The run directory gets
 config.json, checkpoints, metrics.jsonl, samples.png, trajectory.png, loss.png and scores.json.
 """
 
 import copy
+import json
 import math
-import os
 import sys
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
-import config
-import stop
-
-if __name__ == "__main__":                                  # before torch is loaded: --help answers at once
-    PARSER = config.parser(__doc__, "python train.py [--preset NAME | --dataset NAME] [--setting VALUE ...] [--fresh]")
-    config.add_config_flags(PARSER)
-    PARSER.add_argument("--fresh", action="store_true", help="delete the run's checkpoints and start over")
-    PARSER.add_argument("--dry-run", action="store_true", help="print what the run is and what it costs, and leave")
-    PARSER.add_argument("--stop-after", metavar="TIME", default="", help="save and leave after 90s, 50m, 23.5h")
-    PARSER.add_argument("--record", metavar="FILE", help="append the scores and how they were made to a .jsonl file")
-    PARSER.add_argument("--device", help="cpu, cuda, cuda:1, mps [the best there is]")
-    ARGUMENTS = vars(PARSER.parse_args())
-    stop.install()
-
 import torch
-from tqdm import tqdm
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-import checkpoint
-import data
+import baselines
+import config
 import fid
-import pictures
-import plan
-import report
-import runs
 import sample
 from config import Config, UserError
-from metrics import Metrics, culprits
-from ranks import GradientSync, Ranks
+from data import batches
+from run import checkpoint, gallery, load, log, memory, paper, pictures, solver
+from run.ranks import Ranks, StopSignals
 
 FUSED = ("cpu", "cuda")                                     # devices with a fused AdamW
 
@@ -57,218 +44,243 @@ def learning_rate(cfg: Config, step: int) -> float:
 
 
 @torch.no_grad()
-def update_ema(ema: torch.nn.Module, model: torch.nn.Module, decay: float, step: int) -> None:
+def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
     """ema <- decay ema + (1 - decay) model, in float32. The decay rises with the step, so short runs average too."""
     decay = min(decay, (1 + step) / (10 + step))            # not in paper
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
-class Training:
-    """A run in training: what a step needs, and what a checkpoint holds."""
+class Objective(nn.Module):
+    """The training loss as a module, so that DistributedDataParallel can wrap it: (x1, y, rng) -> loss, errors."""
 
-    def __init__(self, cfg: Config, ranks: Ranks, dataset: data.Dataset):
-        """Model, optimizer, and this process's rows of every batch. Raises UserError for what does not go together."""
-        self.cfg, self.ranks, self.dataset, self.device = cfg, ranks, dataset, ranks.device
-        self.out, self.facts, self.step = Path(cfg.out), data.facts(dataset), 0
-        self.schedule, self.loss, _ = sample.method(cfg)
-        dataset.to(self.device)
-        share, free = max(1, cfg.batch // ranks.world), ranks.least(plan.free_memory(self.device))
-        model = runs.build_model(cfg, dataset.channels, len(dataset.classes), dataset.side).to(self.device)
-        micro_batch = cfg.micro_batch or plan.fit_micro_batch(model, cfg, share, free, ranks.world)
-        self.rows = ranks.rows(cfg.batch, micro_batch)
-        self.most = max(rows.stop - rows.start for rows in self.rows)           # images at a time
-        if cfg.stages == "stratified" and self.rows[0].stop - self.rows[0].start < cfg.num_scales:
-            raise UserError(f"stratified stages need {cfg.num_scales} images at a time in every process, not "
-                            f"{self.rows[0].stop - self.rows[0].start}: fewer processes, a larger --micro-batch, or "
-                            "--stages batch")
-        self.model, self.ema = model, copy.deepcopy(model).requires_grad_(False) if cfg.ema else None
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2),
-                                           weight_decay=cfg.weight_decay, fused=self.device.type in FUSED)
+    def __init__(self, model: nn.Module, loss: Callable, schedule: object, precision: str):
+        super().__init__()
+        self.model, self.loss, self.schedule, self.bfloat16 = model, loss, schedule, precision == "bfloat16"
 
-    def begin(self, fresh: bool) -> runs.Run:
-        """From the newest checkpoint, --init, or nothing; the same in all processes. Returns what will be sampled."""
-        cfg, ranks = self.cfg, self.ranks
-        kept = cfg.keep + 1 + (cfg.steps // cfg.keep_every if cfg.keep_every else 0)
-        room = kept * self.model.count_parameters() * (16 if cfg.ema else 12)
-        ranks.first_does(lambda: checkpoint.prepare(self.out, fresh, room))
-        state = ranks.first_does(lambda: checkpoint.load_newest(self.out))
-        self.step = ranks.share(state["step"] if state else 0)                  # only the first process has read it
-        self.renew = False                                  # a finished run, now with other settings for its samples
-        if self.step:
-            self.restore(state or checkpoint.read(checkpoint.path(self.out, self.step), checked=True))
-        elif cfg.init:
-            for text in runs.fine_tune(self.model, cfg.init, self.facts["classes"], self.facts["latent"]):
-                ranks.say(text)
-            if self.ema is not None:
-                self.ema.load_state_dict(self.model.state_dict())
-        self.resumed, self.sync = self.step > 0, GradientSync(self.model, ranks)
-        if cfg.compile:
-            runs.compile_blocks(self.model)
-        if ranks.first:
-            (self.out / "config.json").write_text(config.show(cfg) + "\n")
-        ranks.say(f"{config.show(cfg)}\n{plan.describe(cfg, self.facts, ranks.world)}\n"
-                  f"batch      {cfg.batch} = {ranks.world} processes x {len(self.rows)} micro-batches x at most "
-                  f"{self.most} images, on {self.device}")
-        weights, name = (self.ema, "ema") if self.ema is not None else (self.model, "raw")
-        run = runs.Run(cfg, weights, self.facts, self.out, self.step, name)
-        ranks.first_does(run.ready)                         # what samples need: if it is not there, say so now
-        if self.step < cfg.steps:
-            (self.out / "scores.json").unlink(missing_ok=True)                  # of a shorter run
-        return run
-
-    def restore(self, state: dict) -> None:
-        """Continues a checkpoint. Raises UserError when it is of another run."""
-        cfg, old = self.cfg, Config.from_dict(state["config"])
-        changed = [f"{name} was {getattr(old, name)!r} and is now {getattr(cfg, name)!r}"
-                   for name in config.differences(old, cfg)]
-        if changed:
-            raise UserError(f"the run in {self.out} was made with other settings: {'; '.join(changed)}. "
-                            "Choose another directory with --out, or start over with --fresh")
-        if any(self.facts[name] != state["data"].get(name, self.facts[name]) for name in self.facts):
-            raise UserError(f"the run in {self.out} was trained on other images or classes than there are now: "
-                            "choose another directory with --out, or start over with --fresh")
-        self.model.load_state_dict(state["model"])
-        for group in state["optimizer"]["param_groups"]:    # of the device it was saved on
-            group["fused"] = self.optimizer.defaults["fused"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
-        self.ranks.say(f"continuing {self.out} at step {self.step} of {cfg.steps} (--fresh starts over)")
-        if cfg.steps != old.steps:
-            self.ranks.say(f"the run was planned for {old.steps} steps: the learning rate now follows the new length")
-        self.renew = self.step >= cfg.steps and state["config"] != cfg.to_dict()
-
-    def save(self) -> None:
-        state = {"step": self.step, "config": self.cfg.to_dict(), "data": self.facts, "model": self.model.state_dict(),
-                 "ema": self.ema.state_dict() if self.ema is not None else None,
-                 "optimizer": self.optimizer.state_dict()}
-        self.ranks.first_does(lambda: checkpoint.save(self.out, state, self.cfg.keep, self.cfg.keep_every))
-
-    def losses(self, step: int, part: slice, raw: torch.Tensor, y: torch.Tensor | None) -> tuple[torch.Tensor, list]:
-        """Algorithm 1 for some rows of a step's batch; every random number comes from (seed, step)."""
-        rng = data.BatchRandom(self.cfg.seed, step, self.cfg.batch, part, self.device)
-        x1 = self.dataset.x1(raw.to(self.device, non_blocking=True), rng)       # (B, C, H, W)
-        if y is not None:                                   # one draw per example, shared by all bands
-            y = y.to(self.device, non_blocking=True)
-            y = torch.where(rng.rand() < self.cfg.label_drop, self.model.num_classes, y)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.cfg.precision == "bfloat16"):
+    def forward(self, x1: Tensor, y: Tensor | None, rng: batches.BatchRandom) -> tuple[Tensor, list]:
+        with torch.autocast(x1.device.type, torch.bfloat16, enabled=self.bfloat16):
             return self.loss(self.model, x1, y, self.schedule, rng)
 
-    def update(self, micro_batches: list, metrics: Metrics) -> None:
-        """One step: the gradient of the whole batch, AdamW, the average. Waits for no device where AdamW is fused."""
-        self.optimizer.zero_grad(set_to_none=True)
-        step_loss = 0.0
-        for part, (raw, y) in zip(self.rows, micro_batches, strict=True):
-            total, errors = self.losses(self.step, part, raw, y)
-            self.sync.expect(len(errors), last=part is self.rows[-1])
-            total.backward()
-            step_loss = step_loss + total.detach()
-            metrics.add(errors, total, part.stop - part.start)
-        self.sync.finish()
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.clip or math.inf)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.cfg, self.step)
-        # what is not finite is not applied; the fused optimizer sees to it, without waiting for the device
-        bad = self.ranks.sum((~(grad_norm + step_loss).isfinite()).float()).clamp(max=1)
-        if self.optimizer.defaults["fused"]:
-            self.optimizer.found_inf = bad
-        if self.optimizer.defaults["fused"] or not bad:
-            self.optimizer.step()
-        if self.ema is not None:
-            update_ema(self.ema, self.model, self.cfg.ema, self.step)
-        self.step += 1
-        metrics.end_step(self.step, grad_norm, bad)
+
+@dataclass
+class Job:
+    """A run in training: what a step needs, and what a checkpoint holds."""
+
+    cfg: Config
+    ranks: Ranks
+    dataset: batches.Dataset
+    facts: dict                                             # of the data, see data.batches.facts
+    model: nn.Module
+    ema: nn.Module | None
+    optimizer: torch.optim.Optimizer
+    parts: list[slice]                                      # rows of the global batch: one for each micro-batch
+    step: int = 0
 
 
-def main(cfg: Config, fresh: bool = False, device: str | None = None, record: str | None = None,
-         stop_after: float = math.inf) -> None:
-    """Trains a run to cfg.steps, from its newest checkpoint if there is one, then samples and scores it.
-
-    stop_after: seconds after which it saves and leaves. In each process that torchrun starts, or in a single one.
-    """
-    began, handlers, ranks = time.perf_counter(), stop.install(), Ranks.start(device)
-    try:
-        stop.wait(ranks.world > 1)                          # a signal now ends one process; several leave together
-        run, dataset, resumed = train(cfg, fresh, ranks, record, began + stop_after)
-    finally:
-        ranks.stop()
-        stop.restore(handlers)
-    if not ranks.first or run is None:
-        return
-    pictures.draw_loss(run.folder)
-    with torch.compiler.set_stance("force_eager"):          # compiled graphs are for training's shapes
-        scores = report.finish(run, dataset)
-    if not resumed:
-        scores["seconds_total"] = time.perf_counter() - began
-    if record:
-        fid.record(Path(record), cfg, run.device, scores)
-    print(f"time       {time.perf_counter() - began:.0f} s in all" + (", since it was continued" if resumed else ""))
-    files = sorted(path.name for path in run.folder.iterdir() if path.is_file())
-    print(f"wrote      {', '.join(files)} in {run.folder}")
-    print(f"next       python sample.py {run.folder}    python fid.py {run.folder}")
-
-
-def train(cfg: Config, fresh: bool, ranks: Ranks, record: str | None, deadline: float,
-          dataset: data.Dataset | None = None) -> tuple[runs.Run | None, data.Dataset, bool]:
-    """The loop. Returns the trained run (None when it was asked to stop), its data, and whether it was continued."""
+def setup(cfg: Config, ranks: Ranks) -> Job:
+    """Data, model, optimizer, and this process's rows of every batch."""
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("high")              # TF32 where a GPU computes in float32
-    sample.check_solver(cfg.solver, cfg.solver_steps, "--solver-steps")
-    fid.check_record(record)
-    if cfg.space == "pixel":                                # what does not fit is said before a folder is read
-        plan.meta_model(cfg, 1, 0, cfg.res)
-    dataset = dataset or data.load(cfg)
-    runs.check_guidance(cfg, cfg.cfg_scale, dataset.classes)
-    job = Training(cfg, ranks, dataset)
-    run = job.begin(fresh)
-    stop.wait(True)                                         # from here on it lets the step end: save, and leave
-    metrics, ending = Metrics(cfg, job.out, job.step, ranks, job.model, len(dataset)), False
-    batches = data.read_ahead(dataset, cfg, job.step, job.rows, pin=job.device.type == "cuda")
-    bar = tqdm(total=cfg.steps, initial=job.step, desc="training", unit="step", mininterval=0.5,
-               disable=not ranks.first)
-    try:
-        while job.step < cfg.steps and not ending:
-            job.update(metrics.waiting_for(batches), metrics)
-            bar.update()
-            ending = ranks.any(stop.asked or time.perf_counter() > deadline) or job.step == cfg.steps
-            saving = job.step % cfg.save_every == 0 or ending
-            if job.step % cfg.log_every == 0 or saving:
-                line = metrics.write(job.optimizer.param_groups[0]["lr"], lambda at: culprits(job, at))
-                bar.set_postfix(loss=f"{line['loss'] or math.nan:.4f}", images_per_s=f"{line['images_per_second']:.0f}")
-            run.step, pause = job.step, time.perf_counter()
+    dataset = batches.load(cfg)
+    dataset.to(ranks.device)
+    facts = batches.facts(dataset)
+    model = load.build_model(cfg, facts, dataset.examples(), ranks.device).to(ranks.device)
+    load.check_guidance(cfg, cfg.cfg_scale, model.condition)
+    free = ranks.least(memory.free_memory(ranks.device))
+    micro_batch = cfg.micro_batch or memory.fit_micro_batch(model, cfg, cfg.batch // ranks.world, free, ranks.world)
+    parts = ranks.rows(cfg.batch, micro_batch, least=cfg.num_scales if cfg.stages == "stratified" else 1)
+    ema = copy.deepcopy(model).requires_grad_(False) if cfg.ema else None
+    if cfg.compile:
+        load.compile_blocks(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2),
+                                  weight_decay=cfg.weight_decay, fused=ranks.device.type in FUSED)
+    return Job(cfg, ranks, dataset, facts, model, ema, optimizer, parts)
+
+
+def resume(job: Job, fresh: bool) -> dict | None:
+    """From the newest checkpoint (returns its configuration), --init, or nothing, the same in all processes."""
+    cfg, ranks, out = job.cfg, job.ranks, Path(job.cfg.out)
+    count = cfg.keep + 1 + (cfg.steps // cfg.keep_every if cfg.keep_every else 0)
+    room = count * memory.parameters(job.model) * (16 if cfg.ema else 12)
+    ranks.first_does(lambda: checkpoint.prepare(out, fresh, room))
+    state = ranks.first_does(lambda: checkpoint.load_newest(out))
+    job.step = ranks.share(state["step"] if state else 0)                       # only the first process has read it
+    if not job.step:
+        for line in load.fine_tune(job.model, cfg.init, job.facts) if cfg.init else ():
+            ranks.say(line)
+        if job.ema is not None:
+            job.ema.load_state_dict(job.model.state_dict())
+        return None
+    state = state or checkpoint.read(checkpoint.path(out, job.step), checked=True)
+    load.check_same_run(state, cfg, job.facts)
+    job.model.load_state_dict(state["model"])
+    if job.ema is not None:
+        job.ema.load_state_dict(state["ema"])
+    for group in state["optimizer"]["param_groups"]:        # of the device it was saved on
+        group["fused"] = job.optimizer.defaults["fused"]
+    job.optimizer.load_state_dict(state["optimizer"])
+    ranks.say(f"continuing {out} at step {job.step} of {cfg.steps} (--fresh starts over)")
+    if cfg.steps != state["config"]["steps"]:
+        ranks.say(f"the run was planned for {state['config']['steps']} steps: the learning rate follows the new length")
+    return state["config"]
+
+
+def save(job: Job) -> None:
+    state = {"step": job.step, "config": job.cfg.to_dict(), "data": job.facts, "model": job.model.state_dict(),
+             "ema": job.ema.state_dict() if job.ema is not None else None, "optimizer": job.optimizer.state_dict()}
+    job.ranks.first_does(lambda: checkpoint.save(Path(job.cfg.out), state, job.cfg.keep, job.cfg.keep_every))
+
+
+def loop(job: Job, stop: StopSignals, deadline: float) -> None:
+    """Trains to cfg.steps, or until a signal or the deadline asks it to save and return."""
+    cfg, ranks, model, optimizer = job.cfg, job.ranks, job.model, job.optimizer
+    system, several = baselines.SYSTEMS[cfg.method], ranks.world > 1
+    objective = Objective(model, system.loss, system.schedule(cfg), cfg.precision)
+    if several:     # one stage for a whole batch leaves the finer bands without gradients; so does a rare stage of DFM
+        objective = DistributedDataParallel(objective,
+                                            find_unused_parameters=cfg.stages == "batch" or cfg.method == "dfm")
+        objective.broadcast_buffers = False                 # they never change; the argument is deprecated
+    metrics = log.Log(cfg, ranks, job.step, job.facts)
+    stream = batches.micro_batches(job.dataset, cfg, job.step, job.parts, ranks.device, model.condition)
+    ending = job.step >= cfg.steps
+    while not ending:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(cfg, job.step)
+        optimizer.zero_grad(set_to_none=True)
+        for part, (x1, y, rng) in zip(job.parts, metrics.wait_for(stream), strict=True):
+            with objective.no_sync() if several and part is not job.parts[-1] else nullcontext():
+                loss, errors = objective(x1, y, rng)
+                (loss / len(job.parts)).backward()
+            metrics.add(loss, errors, len(x1))
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
+        if optimizer.defaults["fused"]:                     # skips a step that is not finite without waiting for it
+            optimizer.found_inf = (~grad_norm.isfinite()).float()
+        if optimizer.defaults["fused"] or grad_norm.isfinite():
+            optimizer.step()
+        if job.ema is not None:
+            update_ema(job.ema, model, cfg.ema, job.step)
+        job.step += 1
+        metrics.end_step(job.step, grad_norm, group["lr"])
+        ending = ranks.any(stop.asked or time.perf_counter() > deadline) or job.step == cfg.steps
+        saving = job.step % cfg.save_every == 0 or ending
+        if job.step % cfg.log_every == 0 or saving:
+            metrics.write(lambda step: batches.not_finite(job.dataset, cfg, step - 1, job.parts))
+        with metrics.paused():
             if saving:
-                job.save()
+                save(job)
             if ranks.first and not ending:
-                report.glance(run, dataset)
-            metrics.pause(pause)
-    except RuntimeError as problem:
-        if isinstance(problem, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(problem):
-            raise plan.too_large(job.model, cfg, job.most, ranks) from None
-        raise
-    finally:
-        bar.close()
-        batches.close()
-    if job.step < cfg.steps:
-        ranks.say(f"stopped at step {job.step}, saved; the same command continues")
-        return None, dataset, job.resumed
-    if job.renew:                                           # sample.py reads the settings there
-        job.save()
-    late = "stopped: the training is saved, the same command draws its samples"
-    if ranks.any(stop.asked):                               # in the last step
-        ranks.say(late)
-        return None, dataset, job.resumed
-    stop.wait(False, late)                                  # nothing is left to save: a signal ends it at once
+                glance(job)
+    metrics.close()
+    stream.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# samples and scores
+
+
+def trained(job: Job) -> load.Run:
+    """What is sampled: the averaged weights where there are some."""
+    model, name = (job.model, "raw") if job.ema is None else (job.ema, "ema")
+    return load.Run(job.cfg, model, job.facts, Path(job.cfg.out), job.step, name)
+
+
+def draw(run: load.Run, num: int, progress: bool = True) -> tuple:
+    """Images, their conditions, and the report of what they cost."""
+    y = None if run.condition is None else run.condition.draw(num).cpu()
+    with torch.compiler.set_stance("force_eager") if run.cfg.compile else nullcontext():    # compiled for training
+        images, report = sample.generate(run, num, y, progress=progress, **solver.solver_settings(run.cfg))
+    return images, y, report
+
+
+def glance(job: Job) -> None:
+    """In the midst of training: a grid of samples, and scores, each at its interval. Errors are reported only."""
+    cfg, run, precision = job.cfg, trained(job), torch.get_float32_matmul_precision()
+    try:
+        if cfg.sample_every and job.step % cfg.sample_every == 0:
+            images, y, _ = draw(run, 16, progress=False)
+            pictures.draw_grid(run.folder / f"samples-{job.step:08d}.png", images, y, run.condition)
+        if cfg.eval_every and job.step % cfg.eval_every == 0:
+            images, y, report = draw(run, cfg.num_samples, progress=False)
+            checkpoint.append_line(run.folder / "scores.jsonl",
+                                   {**report, **fid.evaluate(job.dataset, images, y, run.decode)})
+    except (UserError, torch.OutOfMemoryError) as problem:
+        print(f"no samples at step {job.step}: {problem}; training goes on", file=sys.stderr)
+    torch.set_float32_matmul_precision(precision)           # sampling sets it to full
+
+
+def finish(job: Job) -> dict:
+    """Samples, pictures and scores of a trained run."""
+    run = trained(job)
     run.model.eval().requires_grad_(False)
-    return run, dataset, job.resumed
+    images, y, scores = draw(run, run.cfg.num_samples)
+    pictures.draw_loss(run.folder)
+    pictures.draw_grid(run.folder / "samples.png", images, y, run.condition)
+    states = pictures.watch(run, sample.Guided(run.model, run.cfg.cfg_scale), sample.solve, y)
+    pictures.draw_trajectory(run.folder / "trajectory.png", run, states)
+    print(gallery.describe(scores))
+    try:
+        scores |= fid.evaluate(job.dataset, images, y, run.decode)
+        print(fid.table(scores))
+    except UserError as problem:                            # a handful of images trains, but cannot be scored
+        print(f"no scores  {problem}")
+    (run.folder / "scores.json").write_text(json.dumps(scores, indent=2))
+    return scores
+
+
+def train(cfg: Config, fresh: bool = False, device: str | None = None, record: str | None = None,
+          stop_after: float = math.inf) -> None:
+    """Trains a run to cfg.steps, from its newest checkpoint if there is one, then samples and scores it; for at most
+    `stop_after` seconds, then it saves and returns. To be called in each process that torchrun starts."""
+    began = time.perf_counter()
+    solver.check_solver(cfg.solver, cfg.solver_steps, "--solver-steps")
+    log.check_record(record)
+    with StopSignals() as stop, Ranks.start(device) as ranks:
+        job = setup(cfg, ranks)
+        old = resume(job, fresh)
+        resumed_at = job.step
+        if ranks.first:
+            checkpoint.describe(Path(cfg.out), cfg.to_dict(), finished=job.step >= cfg.steps)
+        ranks.say(memory.summary(job.model, cfg, job.parts, ranks))
+        ranks.first_does(trained(job).ready)                # what samples need: if it is missing, say so now
+        stop.immediate = False                              # from here on a signal lets the step end: save, and return
+        with memory.explained(job.model, cfg, job.parts, ranks):
+            loop(job, stop, began + stop_after)
+        if job.step < cfg.steps:
+            return ranks.say(f"stopped at step {job.step}, saved; the same command continues")
+        if resumed_at == job.step and old != cfg.to_dict():                     # sample.py reads the settings there
+            save(job)
+        stop.message = "stopped: the training is saved, the same command draws its samples"
+        if ranks.any(stop.asked):                           # in the last step
+            return ranks.say(stop.message)
+        stop.immediate = True
+        if ranks.first:
+            scores = finish(job)
+            if not resumed_at:
+                scores["seconds_total"] = time.perf_counter() - began
+            if record:
+                log.record(record, cfg, ranks.device, scores)
+            print(f"time       {time.perf_counter() - began:.0f} s{' since it was continued' if resumed_at else ''}\n"
+                  f"next       ls {cfg.out}    python sample.py {cfg.out}    python fid.py {cfg.out}")
+
+
+def main() -> None:
+    parser = config.parser(__doc__, "python train.py [--preset NAME | --dataset NAME] [--setting VALUE ...] [--fresh]")
+    config.add_config_flags(parser)
+    parser.add_argument("--fresh", action="store_true", help="delete the run's checkpoints and start over")
+    parser.add_argument("--dry-run", action="store_true", help="print what the run is and what it costs, and leave")
+    parser.add_argument("--stop-after", metavar="TIME", default="", help="save and leave after 90s, 50m, 23.5h")
+    parser.add_argument("--record", metavar="FILE", help="append the scores and how they were made to a .jsonl file")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps [the best there is]")
+    given = vars(parser.parse_args())
+    options = {name: given.pop(name) for name in ("fresh", "device", "record", "stop_after", "dry_run")}
+    options["stop_after"] = config.seconds(options["stop_after"])
+    cfg = paper.resolve(given)
+    if options.pop("dry_run"):
+        print(memory.describe(cfg))
+    else:
+        StopSignals.ignore()
+        train(cfg, **options)
 
 
 if __name__ == "__main__":
-    try:
-        extra = {name: ARGUMENTS.pop(name) for name in ("fresh", "device", "record", "stop_after", "dry_run")}
-        extra["stop_after"] = config.seconds(extra["stop_after"])
-        if extra.pop("dry_run"):
-            print(plan.dry_run(config.resolve(ARGUMENTS)))
-        else:
-            main(config.resolve(ARGUMENTS), **extra)
-    except UserError as problem:
-        sys.exit(f"error{' in process ' + os.environ['RANK'] if 'RANK' in os.environ else ''}: {problem}")
+    config.run(main)

@@ -12,10 +12,10 @@ and at T_i the next scale takes over, exactly in law, because its new band is st
 
     X_i = U X_(i-1) + (1 - T_i) s_i (z - U D z),   z ~ N(0, I)
 
-The original's curves are not published, and the appendix has no formulas: what stands here is a reconstruction.
+The original's curves are not published, and the appendix has no formulas: this is a reconstruction.
 `edify-plain` weights band j with a_j alone, and a_0 = t, in place of t a_j: its state is LapFlow's, bands summed up (a
-test shows it); what is left of the difference is that one image, and not its bands, passes the network. The original
-has one network for each resolution; here all scales share the blocks.
+test shows it); the difference that remains is that one image, and not its bands, passes the network. The original has
+one network for each resolution; here all scales share the blocks.
 """
 
 from collections.abc import Callable
@@ -23,10 +23,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from baselines.trunk import OneImage, ScaleDiT, loss_of
+from baselines.trunk import OneImage, ScaleDiT, one_image_loss, sample
 from config import Config
-from pyramid import decompose, down, reconstruct, up
-from schedule import Schedule, noise_bands
+from pyramid import down, up
+
+__all__ = ["network", "schedule", "loss", "sample"]
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,6 @@ class Edify(OneImage):
     """starts: T_i, the time at which scale i takes over; product: band weights t a_j, else a_j (edify-plain)."""
 
     product: bool = True
-
-    @property
-    def segments(self) -> list[tuple[float, float]]:
-        return Schedule(self.starts).segments
 
     def weight(self, j: int, t: Tensor) -> tuple[Tensor, Tensor]:
         """Weight of band j in the state at times t, and its derivative."""
@@ -48,46 +45,35 @@ class Edify(OneImage):
             return gate, opens
         return t * gate, gate + t * opens
 
-    def interpolate(self, bands: list, n: Tensor, i: int, t: Tensor) -> tuple[Tensor, Tensor]:
+    def interpolate(self, bands: list[Tensor], n: Tensor, i: int, t: Tensor) -> tuple[Tensor, Tensor]:
         """State and target (B, C, H_i, W_i) of scale i at the times t (B,), from bands 0..i of x1 and unit noise n."""
         weights = [self.weight(j, t.view(-1, 1, 1, 1)) for j in range(i + 1)]
-        data, moving = (reconstruct([w[k] * band for w, band in zip(weights, bands, strict=True)]) for k in (0, 1))
+        data, moving = (self.image([w[k] * band for w, band in zip(weights, bands, strict=True)]) for k in (0, 1))
         n = self.noise_std(i) * n
         return data + (1 - t.view(-1, 1, 1, 1)) * n, moving - n
 
-    def enter(self, i: int, bands: list, z: Tensor) -> list:
+    def enter(self, i: int, bands: list[Tensor], z: Tensor) -> list[Tensor]:
         """The switch to scale i; z is unit noise of its resolution."""
         if i == 0:
             return [self.noise_std(0) * z]
         return [up(bands[0]) + (1 - self.starts[i]) * self.noise_std(i) * (z - up(down(z)))]
 
 
-def network(cfg: Config, channels: int, num_classes: int, side: int) -> ScaleDiT:
-    return ScaleDiT(cfg.size, channels, side, cfg.num_scales, num_classes, cfg.condition_tokens, own_patches=True)
+def network(cfg: Config, channels: int, condition: Callable | None, side: int) -> ScaleDiT:
+    return ScaleDiT(cfg.size, channels, side, cfg.num_scales, condition, cfg.condition_tokens, own_patches=True)
 
 
 def schedule(cfg: Config) -> Edify:
-    return Edify(cfg.starts, product=cfg.method == "edify")
+    return Edify(cfg.starts, stages=cfg.stages, product=cfg.method == "edify")
 
 
-def loss(model: Callable, x1: Tensor, y: Tensor | None, schedule: Edify, rng,
-         stages: str = "stratified") -> tuple[Tensor, list]:
+def loss(model: Callable, x1: Tensor, y: Tensor | None, schedule: Edify, rng) -> tuple[Tensor, list]:
     """Mean squared error of d X / dt; each example at one scale, at a time in its window."""
-    num_scales, u = schedule.num_scales, rng.rand()                                 # u (B,)
-    noise, bands = noise_bands(rng, x1.shape[1:], num_scales, "independent"), decompose(x1, num_scales)
+    u, noise, bands = rng.rand(), schedule.draw_noise(rng, x1.shape[1:]), schedule.split(x1)    # u (B,)
 
     def state(i, rows, u):
         start, end = schedule.segments[i]
         t = start + (end - start) * u
         return *schedule.interpolate([band[rows] for band in bands[: i + 1]], noise[i][rows], i, t), t
 
-    return loss_of(model, y, u, num_scales, rng, stages, state)
-
-
-def sample(model: Callable, n, y: Tensor | None, schedule: Edify, shape: tuple, solve: Callable, **solver) -> Tensor:
-    """Draws x1 (B, C, H, W): one solve in each window."""
-    def velocity(bands, t):
-        return model(bands, t.expand(len(bands[0])), y)
-
-    (x1,), _ = solve(velocity, noise_bands(n, shape, schedule.num_scales, "independent"), schedule, **solver)
-    return x1
+    return one_image_loss(model, y, u, schedule, rng, state)

@@ -11,8 +11,8 @@ The jump to the next resolution keeps the law of the state exactly. With z ~ N(0
 
     X_s = a U X_e + b (z - U D z)
 
-(z - U D z has no share in U X_e, so the sum can be made white; scaled by sqrt(4/3) it is the paper's corrective noise
-of gamma = -1/3.) Three forms of it, by --method:
+(z - U D z is orthogonal to U X_e, so the sum can be made white; scaled by sqrt(4/3) it is the paper's corrective noise
+of gamma = -1/3.) Three forms, by --method:
 
     pyramidal                the original: s rolls back, s_i = e / (2 - e) with e = e_(i-1), a = (1 + s) / 2, b = 1 - s
     pyramidal-zero-overlap   as LapFlow's appendix F presents it, s_i = e_(i-1), a = 1. With unit noise in each stage no
@@ -21,7 +21,7 @@ of gamma = -1/3.) Three forms of it, by --method:
                              fresh noise at the stage's own resolution in place of pooled noise of the largest. One
                              stage of one example sees either as N(0, I): the same method in law, which a test shows
 
-The network is told a global time, in which each stage has a share as long as e_i - s_i (the paper's clock).
+The network sees a global time, in which the interval of each stage is proportional to e_i - s_i (the paper's clock).
 """
 
 from collections.abc import Callable
@@ -29,15 +29,22 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from baselines.trunk import OneImage, ScaleDiT, loss_of
+from baselines import trunk
 from config import Config
 from pyramid import down, up
-from schedule import Schedule, noise_bands
+
+
+def levels(x: Tensor, num_scales: int) -> list[Tensor]:
+    """Images of all scales, coarse to fine: D^(K-1-i) x."""
+    images = [x]
+    while len(images) < num_scales:
+        images.insert(0, down(images[0]))
+    return images
 
 
 @dataclass(frozen=True)
-class Pyramidal(OneImage):
-    """Boundaries e_0 < e_1 < ... are starts[1:] and 1, the paper's are i/K; form: a name from the table above."""
+class Pyramidal(trunk.OneImage):
+    """Boundaries e_0 < e_1 < ... are starts[1:] and 1, the paper's are i/K; form: a name in the table above."""
 
     form: str = "pyramidal"
 
@@ -49,7 +56,7 @@ class Pyramidal(OneImage):
 
     @property
     def segments(self) -> list[tuple[float, float]]:
-        """The clock: an interval of [0, 1] for each stage, as long as its share of all e_i - s_i."""
+        """The clock: an interval of [0, 1] for each stage, in proportion to e_i - s_i."""
         edges, total = [0.0], sum(e - s for s, e in self.windows)
         for s, e in self.windows:
             edges.append(edges[-1] + (e - s) / total)
@@ -66,7 +73,7 @@ class Pyramidal(OneImage):
         start = (1 - s) * n + (s * up(coarser) if i else 0)
         return tau * end + (1 - tau) * start, end - start
 
-    def enter(self, i: int, bands: list, z: Tensor) -> list:
+    def enter(self, i: int, bands: list[Tensor], z: Tensor) -> list[Tensor]:
         """The jump to stage i; z is unit noise of its resolution."""
         if i == 0:
             return [self.noise_std(0) * z]
@@ -75,27 +82,22 @@ class Pyramidal(OneImage):
         return [a * up(bands[0]) + (1 - s) * self.noise_std(i) * (z - up(down(z)))]
 
 
-def network(cfg: Config, channels: int, num_classes: int, side: int) -> ScaleDiT:
-    return ScaleDiT(cfg.size, channels, side, cfg.num_scales, num_classes, cfg.condition_tokens, own_patches=False)
+def network(cfg: Config, channels: int, condition: Callable | None, side: int) -> trunk.ScaleDiT:
+    return trunk.ScaleDiT(cfg.size, channels, side, cfg.num_scales, condition, cfg.condition_tokens, own_patches=False)
 
 
 def schedule(cfg: Config) -> Pyramidal:
-    Schedule(cfg.starts)                                    # raises UserError when they do not increase
-    return Pyramidal(cfg.starts, cfg.method)
+    return Pyramidal(cfg.starts, stages=cfg.stages, form=cfg.method)
 
 
-def loss(model: Callable, x1: Tensor, y: Tensor | None, schedule: Pyramidal, rng,
-         stages: str = "stratified") -> tuple[Tensor, list]:
-    """Mean squared error of X_e - X_s, each example in one stage (stratified, as the paper mixes them in a batch)."""
-    num_scales, u, shape, images = schedule.num_scales, rng.rand(), x1.shape[1:], [x1]      # u (B,)
-    while len(images) < num_scales:
-        images.insert(0, down(images[0]))                                           # x^i
+def loss(model: Callable, x1: Tensor, y: Tensor | None, schedule: Pyramidal, rng) -> tuple[Tensor, list]:
+    """Mean squared error of X_e - X_s, each example in one stage (the paper mixes them in a batch: stratified)."""
+    num_scales, u, shape = schedule.num_scales, rng.rand(), x1.shape[1:]            # u (B,)
+    images = levels(x1, num_scales)                                                 # x^i
     if schedule.form == "pixelflow":
-        noise = noise_bands(rng, shape, num_scales, "independent")
+        noise = schedule.draw_noise(rng, shape)
     else:                                                   # pooled from the largest, scaled to unit variance again
-        noise = [rng.randn(*shape)]
-        while len(noise) < num_scales:
-            noise.insert(0, 2 * down(noise[0]))
+        noise = [2.0 ** (num_scales - 1 - i) * n for i, n in enumerate(levels(rng.randn(*shape), num_scales))]
 
     def state(i, rows, tau):
         coarser = images[i - 1][rows] if i else None
@@ -103,17 +105,16 @@ def loss(model: Callable, x1: Tensor, y: Tensor | None, schedule: Pyramidal, rng
         xt, v = schedule.interpolate(images[i][rows], coarser, noise[i][rows], i, tau)
         return xt, v, start + (end - start) * tau                                   # the clock
 
-    return loss_of(model, y, u, num_scales, rng, stages, state)
+    return trunk.one_image_loss(model, y, u, schedule, rng, state)
 
 
-def sample(model: Callable, n, y: Tensor | None, schedule: Pyramidal, shape: tuple, solve: Callable,
+def sample(model: Callable, rng, y: Tensor | None, schedule: Pyramidal, shape: tuple, solve: Callable,
            **solver) -> Tensor:
     """Draws x1 (B, C, H, W). The network gives d X / d tau; the solver runs on the clock."""
     sides = [shape[-1] >> k for k in reversed(range(schedule.num_scales))]
 
-    def velocity(bands, t):
+    def on_the_clock(bands, t, y):
         start, end = schedule.segments[sides.index(bands[0].shape[-1])]
-        return [v / (end - start) for v in model(bands, t.expand(len(bands[0])), y)]
+        return [v / (end - start) for v in model(bands, t, y)]
 
-    (x1,), _ = solve(velocity, noise_bands(n, shape, schedule.num_scales, "independent"), schedule, **solver)
-    return x1
+    return trunk.sample(on_the_clock, rng, y, schedule, shape, solve, **solver)

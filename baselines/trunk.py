@@ -1,65 +1,68 @@
-"""One image at a time, of any of K sizes: what Pyramidal Flow and EdifyImage have in common.
-
-ScaleDiT is their network: model.py's blocks with one set of weights. A pass sees the tokens of its own scale alone; the
-size of the image says which scale that is.
-"""
+"""What several systems share: a sampler, and the parts of those that see one image at a time, of any of K sizes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from model import MoTDiT, patchify, unpatchify
-from pyramid import reconstruct
-from schedule import stage_groups
+from schedule import Schedule, stage_rows
+
+
+def sample(model: Callable, rng, y: Tensor | None, schedule: Schedule, shape: tuple[int, int, int], solve: Callable,
+           **solver) -> Tensor:
+    """Draws x1 (B, C, H, W) with C, H, W = shape: one solve in each segment.
+
+    model(bands, t (B,), y) -> d bands / dt; rng: a source of Gaussians such as `data.batches.ImageRandom`; y (B, ...)
+    or None; solve: `sample.solve`, which takes `solver`.
+    """
+    def velocity(bands, t):
+        return model(bands, t.expand(len(bands[0])), y)
+
+    bands, _ = solve(velocity, schedule.draw_noise(rng, shape), schedule, **solver)
+    return schedule.image(bands)
 
 
 @dataclass(frozen=True)
-class OneImage:
+class OneImage(Schedule):
     """A schedule whose state is a list of one image; `starts` has an entry for each scale, coarse to fine."""
 
-    starts: tuple[float, ...] = (0.0, 0.5)
-    image = staticmethod(reconstruct)                       # of a list of one
-
-    @property
-    def num_scales(self) -> int:
-        return len(self.starts)
+    noise: str = "independent"                              # unit noise at each resolution
 
     def noise_std(self, i: int) -> float:
         """Of white noise of the largest scale, pooled to scale i."""
         return 0.5 ** (self.num_scales - 1 - i)
 
 
-def loss_of(model: Callable, y: Tensor | None, u: Tensor, num_scales: int, rng, stages: str,
-            state: Callable) -> tuple[Tensor, list]:
+def one_image_loss(model: Callable, y: Tensor | None, u: Tensor, schedule: OneImage, rng,
+                   state: Callable) -> tuple[Tensor, list]:
     """Mean squared error of d X / dt, each example at one scale, as schedule.loss returns it.
 
-    u (B,) is uniform; state(i, rows, u) gives xt, its velocity and the time (B_i,) for some rows and their u.
-    rng is a `data.BatchRandom`.
+    u (B,) is uniform; state(i, rows, u) gives X, d X / dt and the time (B_i,) of some rows at scale i, for their u.
     """
-    total, errors = 0.0, [(u[:0], u[:0])] * num_scales
-    groups = stage_groups(rng, stages, num_scales)
-    for i, rows, share in groups:
-        if not len(u[rows]):
-            continue
+    stage = schedule.stage_of_rows(rng)                                             # (B,)
+    total, errors = 0.0, [(u[:0], u[:0])] * (stage.max() + 1)
+    for i, rows in stage_rows(stage, u.device):
         xt, v, t = state(i, rows, u[rows])
         (v_pred,) = model([xt], t, None if y is None else y[rows])
         error = (v_pred.float() - v).square().mean(dim=(1, 2, 3))                   # (B_i,)
-        total = total + error.sum() / share
+        total = total + error.sum() / len(u)
         errors[i] = (t, error.detach())
-    return total, errors[: groups[-1][0] + 1]
+    return total, errors
 
 
 class ScaleDiT(MoTDiT):
-    """size, in_channels, resolution (of the finest scale), num_classes, condition_tokens: as MoTDiT.
+    """model.py's blocks with one set of weights; a pass has the tokens of one scale, known by the size of its image.
 
     own_patches   each scale has its own patch embedding and output layer; otherwise all scales share one of each, and
-                  the parameters are those of a plain DiT
+                  the parameters are those of a plain DiT. The other arguments are those of MoTDiT
     """
 
-    def __init__(self, size: str | tuple, in_channels: int, resolution: int, num_scales: int, num_classes: int,
-                 condition_tokens: bool, own_patches: bool):
-        super().__init__(size, in_channels, resolution, num_scales, num_classes, "none", "causal", condition_tokens)
+    def __init__(self, size: str | tuple, in_channels: int, resolution: int, num_scales: int,
+                 condition: Callable | None, condition_tokens: bool, own_patches: bool):
+        super().__init__(size, in_channels, resolution, num_scales, experts="none", condition_tokens=condition_tokens,
+                         condition=condition)
         if not own_patches:
             del self.patch_in[1:], self.patch_out[1:]
 
@@ -67,16 +70,14 @@ class ScaleDiT(MoTDiT):
         """[x] -> [v]: one image x (B, C, H_i, W_i) of any scale i, at t (B,)."""
         (x,), p = bands, self.patch_size
         i = self.num_tokens.index(x.shape[-1] * x.shape[-2] // p**2)
-        mine = i % len(self.patch_in)
-        tokens = self.patch_in[mine](patchify(x, p)) + getattr(self, f"positions_{i}")  # (B, N_i, D)
+        layer = i % len(self.patch_in)                      # scale i's, or 0: the one that all share
+        tokens = self.patch_in[layer](patchify(x, p)) + getattr(self, f"positions_{i}")     # (B, N_i, D)
         (tokens,), c = self.trunk([tokens], self.time(t), y)
-        return [unpatchify(self.patch_out[mine](tokens, c), p, *x.shape[-2:])]
+        return [unpatchify(self.patch_out[layer](tokens, c), p, *x.shape[-2:])]
 
     def tokens(self, stage: int) -> int:
         return self.num_tokens[stage]
 
-    def attention_pairs(self, stage: int) -> int:
-        return (self.num_tokens[stage] + self.num_cond) ** 2
-
-    def flops(self, stage: int) -> int:
-        return self.count_flops(self.tokens(stage), self.attention_pairs(stage), 1)
+    def stage_inputs(self, stage: int, batch: int, device: torch.device | str = "cpu") -> tuple[list[Tensor], Tensor]:
+        bands, t = super().stage_inputs(stage, batch, device)
+        return bands[-1:], t

@@ -1,10 +1,14 @@
 """Pictures: one style for all, grids of small images, the loss curves. matplotlib is loaded when one is drawn."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+from torch import Tensor
+
+from data.batches import ImageRandom, to_uint8
 
 INK, QUIET, FAINT = "#222222", "#6b6b6b", "#e4e4e4"         # text, small print, empty places
 COARSE, MIDDLE, FINE = "#0072b2", "#009e73", "#d55e00"      # the bands, in every picture: colours that the colour-blind
@@ -12,7 +16,7 @@ OTHERS = ("#cc79a7", "#e69f00", "#56b4e9", "#7b4fa3", "#8c8c8c")                
 
 
 def band_colour(i: int, num_scales: int) -> str:
-    """Of band i of K: the coarsest and the finest always look the same, what is between them is green, then others."""
+    """Of band i of K: the coarsest and the finest always look the same."""
     return COARSE if i == 0 else FINE if i == num_scales - 1 else (MIDDLE, *OTHERS)[(i - 1) % 6]
 
 
@@ -22,8 +26,7 @@ def band_name(i: int, num_scales: int) -> str:
 
 
 def pyplot() -> ModuleType:
-    """matplotlib.pyplot, set to write files (no window, no display needed), in the style of this project: opaque white,
-    so that a page in dark mode shows the same picture."""
+    """matplotlib.pyplot, set to write files without a display, in one style; opaque white, for pages in dark mode."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -41,7 +44,7 @@ def pyplot() -> ModuleType:
 
 
 def plain_ticks(axis) -> None:
-    """Numbers on logarithmic axes as people write them: 1, 2 and 5 of each decade, or all ticks of less than one."""
+    """Plain numbers on logarithmic axes: 1, 2 and 5 of each decade, or all ticks of less than one decade."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     for side in (axis.xaxis, axis.yaxis):
@@ -55,8 +58,8 @@ def plain_ticks(axis) -> None:
 
 
 def draw_images(path: Path, rows: list, labels: list, columns: list | None = None, names: list | None = None) -> None:
-    """A table of small images, enlarged. rows: lists of uint8 (H, W, C) or of text for an empty cell; labels above
-    each cell (or None), titles of the columns and names of the rows. All images become the size of the largest."""
+    """A table of small images, enlarged to the size of the largest. rows: lists of uint8 (H, W, C), or of text for an
+    empty cell; labels above each cell, titles of the columns and names of the rows."""
     plt = pyplot()
     side = max(cell.shape[0] for row in rows for cell in row if not isinstance(cell, str))
     pitch, width = side * 1.15, max(len(row) for row in rows)
@@ -89,21 +92,61 @@ def draw_images(path: Path, rows: list, labels: list, columns: list | None = Non
     plt.close(figure)
 
 
-def draw_grid(path: Path, images: np.ndarray, labels: np.ndarray | None, classes: list[str], columns: int = 10) -> None:
-    """The first images (at most 100), enlarged, with their labels above them."""
-    images = images[:100]
-    rows = [list(images[i : i + columns]) for i in range(0, len(images), columns)]
-    text = [None if labels is None else [classes[y] for y in labels[i : i + columns]]
-            for i in range(0, len(images), columns)]
-    draw_images(path, rows, text)
+def draw_grid(path: Path, images: np.ndarray, y: Tensor | None, condition: object | None) -> None:
+    """The first images (at most 100) with their conditions above them."""
+    captions, starts = None if y is None else condition.describe(y[:100]), range(0, min(len(images), 100), 10)
+    draw_images(path, [list(images[i : i + 10]) for i in starts], [captions and captions[i : i + 10] for i in starts])
+
+
+def watch(run: object, model: Callable, solve: Callable, y: Tensor | None, seed: int = 0, count: int = 3,
+          steps: int = 80) -> list:
+    """The states of the first `count` images of a seed: [(t, bands)] at each Euler step and at t = 1.
+
+    run: a run.load.Run; model(bands, t, y) and solve: as in sample.py."""
+    states = []
+
+    def watched(velocity, noise, schedule, **solver):
+        def recorded(bands, t):
+            states.append((t.item(), bands))                                    # Euler calls once for each step
+            return velocity(bands, t)
+
+        bands, nfe = solve(recorded, noise, schedule, **solver)
+        states.append((1.0, bands))
+        return bands, nfe
+
+    rng = ImageRandom(seed, range(count), run.device)
+    run.system.sample(model, rng, None if y is None else y[:count].to(run.device), run.schedule, run.shape, watched,
+                      solver="euler", steps=steps)
+    return states
+
+
+def draw_trajectory(path: Path, run: object, states: list, columns: int = 9) -> None:
+    """Each band and their sum at several times, from noise to image; states: of `watch`."""
+    contrast = 1 if run.facts.get("latent") is None else 0.4                    # latents: three channels, as they are
+
+    def pixels(x):
+        return to_uint8(contrast * x[:3]).permute(1, 2, 0).cpu().numpy()
+
+    chosen = [min(states, key=lambda state: abs(state[0] - t)) for t in np.linspace(0, 1, columns)]
+    parts, rows, names = len(states[-1][1]), [], []
+    for image in range(len(states[-1][1][0])):
+        for i in range(parts if parts > 1 else 0):          # some systems flow whole images: no bands to draw
+            gain = 1 if i == 0 else 2                       # fine bands: residuals around mid-grey
+            start = run.schedule.segments[i][0]
+            rows.append([pixels(gain * bands[i][image]) if i < len(bands) else f"from\nt = {start:.2g}"
+                         for _, bands in chosen])
+            names.append(f"band {i}")
+        rows.append([run.decode(run.schedule.image(bands)[image : image + 1])[0] for _, bands in chosen])
+        names.append("sum" if parts > 1 else f"image {image}")
+    draw_images(path, rows, [], [f"t = {t:.2f}" for t, _ in chosen], names)
 
 
 def draw_loss(out: Path, path: Path | None = None) -> None:
     """The loss of every band, from OUT/metrics.jsonl: OUT/loss.png, or another path."""
-    plt = pyplot()
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     if not lines:
         return
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     bands = len(lines[0]["loss_bands"])
     for i in range(bands):

@@ -1,9 +1,8 @@
 """Checkpoints: whole or absent, plain tensors and values, newest by step number.
 
 RUN/step-00001000.pt holds {version, step, config, data, model, ema, optimizer}. It is written to a temporary file,
-flushed to the disk and renamed, so a crash leaves the previous one. The last few are kept (--keep). torch.save writes
-a zip archive, whose own checksums (CRC-32 of each record) are verified before anything is used; it is read with
-weights_only=True, so a file from a stranger cannot run code.
+flushed to the disk and renamed, so a crash leaves the previous one. torch.save writes a zip archive, whose checksums
+are verified before anything is used; it is read with weights_only=True, so a file from a stranger cannot run code.
 """
 
 import json
@@ -13,13 +12,14 @@ import shutil
 import sys
 import zipfile
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from config import UserError, first_line
 
-VERSION = 1
+VERSION = 2
 
 
 def steps(run: Path) -> list[Path]:
@@ -32,17 +32,13 @@ def path(run: Path, step: int) -> Path:
 
 
 def prepare(run: Path, fresh: bool, room: int) -> None:
-    """Makes the run directory, emptied of an old run when asked. Raises UserError when it cannot be written, or when
-    its disk has not `room` bytes for the checkpoints."""
+    """Makes the run directory, emptied of an old run when fresh. The checkpoints need `room` bytes of its disk."""
     try:
         run.mkdir(parents=True, exist_ok=True)
         (run / ".writable").touch()
-        (run / ".writable").unlink()
-        for unfinished in run.glob("step-*.tmp"):
-            unfinished.unlink()
-        if fresh:
-            for old in [*steps(run), run / "metrics.jsonl"]:
-                old.unlink(missing_ok=True)
+        old = [*steps(run), run / "metrics.jsonl"] if fresh else []
+        for file in [run / ".writable", *run.glob("step-*.tmp"), *old]:
+            file.unlink(missing_ok=True)
         room -= sum(path.stat().st_size for path in steps(run))
         free = shutil.disk_usage(run).free
     except OSError as problem:
@@ -52,11 +48,15 @@ def prepare(run: Path, fresh: bool, room: int) -> None:
                         f"{run}: choose another directory with --out, or keep fewer with --keep")
 
 
-def save(run: Path, state: dict, keep: int = 2, keep_every: int = 0) -> Path:
-    """Writes RUN/step-N.pt atomically, then removes all but the newest `keep` and the multiples of `keep_every`.
+def describe(run: Path, config: dict, finished: bool) -> None:
+    """Writes config.json; removes the scores of a shorter run."""
+    (run / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if not finished:
+        (run / "scores.json").unlink(missing_ok=True)
 
-    Raises UserError when the disk refuses; what was there before stays.
-    """
+
+def save(run: Path, state: dict, keep: int = 2, keep_every: int = 0) -> Path:
+    """Writes RUN/step-N.pt atomically, then removes all but the newest `keep` and the multiples of `keep_every`."""
     target = path(run, state["step"])
     temporary = target.with_suffix(".tmp")
     try:
@@ -75,10 +75,8 @@ def save(run: Path, state: dict, keep: int = 2, keep_every: int = 0) -> Path:
 
 
 def read(path: Path, checked: bool = False) -> dict:
-    """The contents of one checkpoint, on the CPU. Raises UserError when it is damaged, foreign or too old or new.
-
-    checked: another process has verified it; it is mapped into memory, which the processes of a machine then share.
-    """
+    """The contents of one checkpoint, on the CPU. Raises UserError when it is damaged, foreign, or of another version.
+    checked: another process has verified it; it is then mapped into memory that the processes of a machine share."""
     try:
         if not checked:
             with zipfile.ZipFile(path) as archive:
@@ -91,31 +89,30 @@ def read(path: Path, checked: bool = False) -> dict:
         raise UserError(f"the checkpoint {path} is refused: it holds more than tensors and plain values") from None
     except Exception as problem:                            # zipfile and torch raise many kinds for a damaged file
         raise UserError(f"the checkpoint {path} cannot be read: {first_line(problem)}") from None
-    if not isinstance(state, dict) or state.get("version") != VERSION:
-        found = state.get("version") if isinstance(state, dict) else None
-        raise UserError(f"the checkpoint {path} has version {found!r:.20}, this code reads version {VERSION}")
+    version = state.get("version") if isinstance(state, dict) else None
+    if version != VERSION:
+        raise UserError(f"the checkpoint {path} has version {version!r:.20}, this code reads version {VERSION}")
     kinds = {"step": int, "config": dict, "data": dict, "model": dict, "ema": (dict, type(None)), "optimizer": dict}
-    wrong = [name for name, kind in kinds.items() if name not in state or not isinstance(state[name], kind)]
-    if wrong:
-        raise UserError(f"the checkpoint {path} is none of train.py: it lacks {', '.join(wrong)}")
+    if wrong := [name for name, kind in kinds.items() if name not in state or not isinstance(state[name], kind)]:
+        raise UserError(f"{path} is not a train.py checkpoint: it lacks {', '.join(wrong)}")
     return state
 
 
 def read_json(file: Path, what: str) -> dict | None:
-    """A JSON object, None without the file. Raises UserError, saying that it is no `what`, for anything else."""
+    """A JSON object, None without the file. Raises UserError, naming `what` it should be, for anything else."""
     try:
-        found = json.loads(file.read_bytes())
+        content = json.loads(file.read_bytes())
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as problem:
         raise UserError(f"{file} cannot be read as {what}: {first_line(problem)}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{file} is no {what}: it is not a JSON object")
-    return found
+    if not isinstance(content, dict):
+        raise UserError(f"{file} is not a {what}: it is not a JSON object")
+    return content
 
 
 def append_line(file: Path, entry: dict) -> None:
-    """Appends one line of JSON and flushes it to the disk. The line before it may have been cut off by a kill."""
+    """Appends one line of JSON, on the disk when it returns. The line before it may have been cut off by a kill."""
     with open(file, "a") as stream:
         stream.write("\n" + json.dumps(entry) + "\n")
         stream.flush()
@@ -123,34 +120,30 @@ def append_line(file: Path, entry: dict) -> None:
 
 
 def read_lines(files: Iterable[Path]) -> list[dict]:
-    """The entries of files of such lines; a line that a kill cut off does not count."""
-    found = []
+    """The entries of files of such lines; a line that a kill cut off is left out."""
+    entries = []
     for file in sorted(files):
         for line in file.read_bytes().splitlines():
-            try:
-                entry = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            found += [entry] if isinstance(entry, dict) else []
-    return found
+            with suppress(ValueError, RecursionError):
+                entries.append(json.loads(line))
+    return [entry for entry in entries if isinstance(entry, dict)]
 
 
 def load_newest(run: Path) -> dict | None:
-    """The newest whole checkpoint of a run, or None without any. A damaged one is named and passed over."""
-    problems = []
-    for path in steps(run):
+    """The newest whole checkpoint of a run, or None without any. A damaged one is named and skipped."""
+    files = steps(run)
+    for file in files:
         try:
-            return read(path)
+            return read(file)
         except UserError as problem:
-            problems.append(problem)
             print(f"warning: {problem}; trying the one before it", file=sys.stderr)
-    if problems:
+    if files:
         raise UserError(f"no checkpoint of {run} can be used; start over with --fresh")
     return None
 
 
 def newest_run(root: Path = Path("out")) -> Path:
-    """The run below `root` that was saved last. Raises UserError without any."""
+    """The run below `root` that was saved last."""
     runs = {path.parent: path.stat().st_mtime for path in sorted(root.glob("**/step-*.pt"))}
     if not runs:
         raise UserError(f"there is no trained run below {str(root)!r}; train one with python train.py, "

@@ -1,0 +1,1 @@
+"""Images, labels, latents, and every random number of training and sampling."""

@@ -1,0 +1,98 @@
+"""What an image is asked to be: a class label, or a vector such as a text embedding.
+
+A condition is a small module with an embedding (forward), a null (for label dropout and guidance), values for a grid of
+samples (draw), and captions (describe). A network takes any module with these four; nothing else knows what y is.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from config import UserError, first_line
+
+
+class Labels(nn.Module):
+    """Class labels: y (B,) long. The null label is the number of classes."""
+
+    def __init__(self, classes: list[str], hidden_size: int):
+        super().__init__()
+        self.classes = list(classes)
+        self.table = nn.Embedding(len(classes) + 1, hidden_size)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.table(y)                                                        # (B, D)
+
+    def null(self, y: Tensor) -> Tensor:
+        return torch.full_like(y, len(self.classes))
+
+    def draw(self, num: int) -> Tensor:
+        """The classes in turn (num,)."""
+        return torch.arange(num) % len(self.classes)
+
+    def describe(self, y: Tensor) -> list[str]:
+        return [self.classes[label] for label in y.tolist()]
+
+
+class Vectors(nn.Module):
+    """Continuous conditions such as text embeddings: y (B, dim) float; a row of NaN is the null condition.
+
+    examples (M, dim): conditions of training images. They set the scale of the input, and grids draw from them.
+    """
+
+    def __init__(self, dim: int, hidden_size: int, examples: Tensor):
+        super().__init__()
+        self.register_buffer("examples", examples)
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        self.absent = nn.Parameter(torch.zeros(hidden_size))
+
+    def forward(self, y: Tensor) -> Tensor:
+        std, mean = torch.std_mean(self.examples, dim=0, correction=0)              # (dim,) each
+        scaled = (y.nan_to_num() - mean) / torch.where(std > 1e-6, std, 1.0)        # a constant keeps its scale
+        return torch.where(y.isnan().any(dim=1, keepdim=True), self.absent, self.mlp(scaled))       # (B, D)
+
+    def null(self, y: Tensor) -> Tensor:
+        return torch.full_like(y, torch.nan)
+
+    def draw(self, num: int) -> Tensor:
+        """The examples in turn (num, dim)."""
+        return self.examples[torch.arange(num, device=self.examples.device) % len(self.examples)]
+
+    def describe(self, y: Tensor) -> list[str]:
+        """A single number as it is; longer vectors by their place."""
+        return [f"{row[0]:.2f}" if len(row) == 1 else str(i) for i, row in enumerate(y.tolist())]
+
+
+def choose(condition: nn.Module | None, num: int, labels: str = "balanced",
+           vectors: str | None = None) -> Tensor | None:
+    """The conditions y (num, ...) of --labels and --vectors, None for an unconditional run.
+
+    labels: "balanced" (what the run has, in turn), a label or a class name. vectors: a .npy file (n, dim), in turn.
+    """
+    trained = "without classes" if condition is None else f"on {type(condition).__name__.lower()}"
+    if labels != "balanced" and not isinstance(condition, Labels):
+        raise UserError(f"--labels {labels} asks for a class, but this run was trained {trained}")
+    if vectors is not None and not isinstance(condition, Vectors):
+        raise UserError(f"--vectors {vectors} asks for vectors, but this run was trained {trained}")
+    if labels != "balanced":
+        return torch.full((num,), find_label(condition.classes, labels))
+    if vectors is None:
+        return None if condition is None else condition.draw(num)
+    try:
+        rows = torch.from_numpy(np.load(vectors, allow_pickle=False)).float()
+    except Exception as problem:                            # numpy raises many kinds for a damaged file
+        raise UserError(f"cannot read the vectors in {vectors}: {first_line(problem)}") from None
+    dim = condition.examples.shape[1]
+    if rows.ndim != 2 or rows.shape[1] != dim or not len(rows) or not rows.isfinite().all():
+        raise UserError(f"the vectors in {vectors} must be finite, of shape (n, {dim}); theirs is {tuple(rows.shape)}")
+    return rows[torch.arange(num) % len(rows)]
+
+
+def find_label(classes: list[str], text: str) -> int:
+    """The number of a class, by name or number; classes named by numbers go by their names only. Raises UserError."""
+    if text in classes:
+        return classes.index(text)
+    names_are_numbers = any(name.isdecimal() for name in classes)
+    if not names_are_numbers and text.isdecimal() and len(text) < 10 and int(text) < len(classes):
+        return int(text)
+    known = f"{classes[0]!r} to {classes[-1]!r}" if names_are_numbers else f"0 to {len(classes) - 1}, or a name"
+    raise UserError(f"there is no label {text!r}: use {known}")

@@ -1,0 +1,1 @@
+"""What grows out of the method: previews and variations, the pyramid of your own picture."""

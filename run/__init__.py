@@ -1,0 +1,1 @@
+"""What every run needs and no reader of the method does: processes, checkpoints, presets, logs, pictures."""

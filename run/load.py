@@ -1,0 +1,270 @@
+"""Trained models: from a run directory, or from an export that anybody can load.
+
+    RUN/step-00001000.pt            checkpoints of train.py: everything needed to continue
+    EXPORT/model.safetensors        one set of weights (the averaged ones unless --raw), no code in it
+    EXPORT/config.json              the configuration, the classes, the latents, the step
+
+An export comes from anybody: it holds plain data, and no path in it is followed, neither to images nor to a VAE.
+`python sample.py X` takes either, or an export on the Hugging Face hub: OWNER/NAME or OWNER/NAME@REVISION.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import baselines
+from config import Config, UserError, differences
+from data import batches, latents, sources
+from data.batches import condition_of
+from data.sources import explain
+from model import MoTBlock, MoTDiT
+from run import checkpoint
+from run.checkpoint import VERSION
+from run.paper import cache_folder
+from run.ranks import best_device
+from run.solver import solver_settings  # noqa: F401  (what a run can be asked for)
+
+
+@contextmanager
+def within_memory(device: torch.device | str) -> Iterator[None]:
+    """Turns an out-of-memory error of a GPU, while a model is put there, into a UserError."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise UserError(f"{device} has too little free memory for this model: choose another --device") from None
+
+
+def build_model(cfg: Config, facts: dict, examples: Tensor | None = None,
+                device: torch.device | str = "cpu") -> torch.nn.Module:
+    """The network of a configuration, freshly initialised on the device ("meta": shapes without numbers).
+
+    facts: of its data, see data.batches.facts; examples: of its vectors, when it is conditioned on such."""
+    with within_memory(device), torch.device(device):       # a billion weights: 38 s on one thread of a CPU
+        model = baselines.SYSTEMS[cfg.method].network(cfg, facts["channels"], condition_of(facts, examples),
+                                                      facts["side"])
+    for module in model.modules():
+        if isinstance(module, MoTDiT):
+            module.recompute = cfg.recompute
+    return model
+
+
+@dataclass
+class Run:
+    """A trained model with what is needed to sample it."""
+
+    cfg: Config
+    model: MoTDiT
+    facts: dict                                             # of its data, see data.batches.facts
+    folder: Path
+    step: int
+    weights: str                                            # "ema" or "raw"
+
+    @property
+    def system(self) -> ModuleType:
+        """Of baselines: network, schedule, loss, sample."""
+        return baselines.SYSTEMS[self.cfg.method]
+
+    @cached_property
+    def schedule(self) -> object:
+        return self.system.schedule(self.cfg)
+
+    @property
+    def classes(self) -> list[str]:
+        return self.facts["classes"]
+
+    @property
+    def condition(self) -> torch.nn.Module | None:
+        return self.model.condition
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """C, H, W of what the model generates."""
+        return self.model.in_channels, self.model.resolution, self.model.resolution
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """H, W, C of the images."""
+        return self.cfg.res, self.cfg.res, 3 if self.facts.get("latent") else self.model.in_channels
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the weights: those of the output layers, which every step changes."""
+        tensors = [tensor.float().cpu().numpy().tobytes() for tensor in self.model.patch_out.parameters()]
+        return hashlib.sha256(b"".join(tensors)).hexdigest()[:16]
+
+    @cached_property
+    def autoencoder(self) -> latents.Autoencoder:
+        """That of the latents. Raises UserError when it is missing or has changed."""
+        return latents.Autoencoder(self.cfg.vae, self.device, expect=self.facts["latent"])
+
+    def ready(self) -> None:
+        """Loads what decoding needs."""
+        _ = self.facts.get("latent") and self.autoencoder
+
+    def decode(self, x1: Tensor) -> np.ndarray:
+        """What the model generates (B, C, H, W) as images uint8 (B, R, R, C)."""
+        return batches.to_images(x1 if self.facts.get("latent") is None else self.autoencoder.decode(x1))
+
+
+def load_run(name: str | None = None, raw: bool = False, device: str | None = None, vae: str | None = None) -> Run:
+    """A run directory (its newest whole checkpoint), an export, or an export on the hub; None: the newest run. vae:
+    where its autoencoder is now."""
+    folder = Path(name) if name else checkpoint.newest_run()
+    if not folder.exists() and HUB.fullmatch(str(name)) and name.count("/") == 1 and not folder.parent.is_dir():
+        folder = sources.download(name, ["config.json", "model.safetensors"])
+    if not folder.is_dir():
+        raise UserError(f"there is no run directory {str(folder)!r}; train one with python train.py")
+    if (folder / "model.safetensors").exists():
+        state, weights = read_export(folder, vae)
+        if raw and weights != "raw":
+            raise UserError(f"the export {folder} holds the averaged weights only: leave out --raw")
+    else:
+        state = checkpoint.load_newest(folder)
+        if state is None:
+            raise UserError(f"{str(folder)!r} holds no checkpoint; train with python train.py --out {folder}")
+        weights = "raw" if raw or state["ema"] is None else "ema"
+    cfg, facts = Config.from_dict({**state["config"], **({"vae": vae} if vae else {})}), state["data"]
+    if cfg.space == "latent" and not cfg.latents:           # an export does not name it
+        cfg = dataclasses.replace(cfg, latents=cache_folder(cfg.dataset, cfg.res, cfg.vae, "train"))
+    model = restore_model(cfg, facts, state[WEIGHTS[weights]], folder, best_device(device))
+    return Run(cfg, model.eval().requires_grad_(False), facts, folder, state["step"], weights)
+
+
+def restore_model(cfg: Config, facts: dict, weights: dict, folder: Path, device: torch.device) -> torch.nn.Module:
+    """The network with these weights. Raises UserError when they, or the facts of the data, do not fit."""
+    wrong = latents.what_is_wrong(facts, facts.get("latent"))
+    if not wrong and facts.get("latent") is None and facts["side"] != cfg.res:
+        wrong = ["side"]
+    if wrong:
+        raise UserError(f"{folder} is not a run of train.py: its data facts {', '.join(wrong)} are impossible")
+    model = build_model(cfg, facts, device="meta")          # no numbers in a file ask for memory: its weights do
+    load_weights(model, {name: x.float() for name, x in weights.items() if isinstance(x, Tensor)}, folder, assign=True)
+    for module in model.modules():
+        if isinstance(module, MoTDiT):
+            module.compute_positions()                      # of numbers now, and not of shapes alone
+    with within_memory(device):
+        return model.to(device)
+
+
+def check_same_run(state: dict, cfg: Config, facts: dict) -> None:
+    """Raises UserError when a checkpoint is of a run with other settings, or on other data, than these."""
+    old = Config.from_dict(state["config"])
+    changes = [f"{name} was {getattr(old, name)!r} and is now {getattr(cfg, name)!r}" for name in differences(old, cfg)]
+    problem = f"was made with other settings: {'; '.join(changes)}" if changes else ""
+    if not changes and any(facts[name] != state["data"].get(name) for name in facts):
+        problem = "was trained on other images or classes than now"
+    if problem:
+        raise UserError(f"the run in {cfg.out} {problem}. Choose another directory with --out, or start over with "
+                        "--fresh")
+
+
+def load_weights(model: torch.nn.Module, weights: dict, where: Path | str, assign: bool = False) -> None:
+    """Raises UserError when the weights do not fit. assign: they become the model's own, which can be on meta."""
+    try:
+        model.load_state_dict(weights, assign=assign)
+    except RuntimeError as problem:
+        raise UserError(f"the weights in {where} do not fit the configuration: "
+                        f"{str(problem).splitlines()[-1].strip()}") from None
+
+
+def fine_tune(model: MoTDiT, name: str, facts: dict) -> list[str]:
+    """Starts `model` from the weights of another run, checkpoint file or export: --init. Returns what to report.
+
+    facts: of the new data. Positions are computed and not stored, so any resolution fits."""
+    latent = facts["latent"] or {}
+    if Path(name).is_file():
+        state = checkpoint.read(Path(name))
+        weights, old, step = dict(state["ema"] or state["model"]), state["data"], state["step"]
+    else:
+        run = load_run(name, device="cpu", vae=latent.get("name"))              # nothing is decoded with it
+        weights, old, step = run.model.state_dict(), run.facts, run.step
+    lines = [f"starting from the weights of {name} at step {step}"]
+    if (old["classes"], old.get("vectors")) != (facts["classes"], facts["vectors"]):
+        weights = {key: value for key, value in weights.items() if not key.startswith("condition.")}
+        weights |= {key: value for key, value in model.state_dict().items() if key.startswith("condition.")}
+        lines.append(f"its condition ({len(old['classes'])} classes) differs from this run's ({len(facts['classes'])} "
+                     "classes): the embedding starts anew")
+    if (old.get("latent") or {}).get("sha256") != latent.get("sha256"):
+        lines.append("it was trained on other latents, or on pixels: another autoencoder than this run's")
+    if (side := old.get("side")) not in (None, model.resolution):
+        lines.append(f"it was trained on {side} x {side}, this run is {model.resolution} x {model.resolution}: "
+                     "positions are recomputed")
+    load_weights(model, weights, name)
+    return lines
+
+
+def check_guidance(cfg: Config, cfg_scale: float, condition: object | None) -> None:
+    """Raises UserError for guidance that the training of this run does not support."""
+    problem = ("a condition, but this run was trained without classes" if condition is None else
+               "a null condition, but this run has --label-drop 0" if cfg.label_drop == 0 else "")
+    if cfg_scale != 1 and problem:
+        raise UserError(f"guidance needs {problem}: leave out the guidance scale")
+
+
+def full_float32() -> None:
+    """Sampling and scoring in full float32: TF32 is noise to dopri5, which then takes more steps."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def compile_blocks(model: torch.nn.Module) -> None:
+    """Compiles the transformer blocks in place: one graph for each stage, shared by all; names of weights stay."""
+    torch._dynamo.config.recompile_limit = 64
+    for block in model.modules():
+        if isinstance(block, MoTBlock):
+            block.compile(dynamic=False, fullgraph=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# exports
+
+WEIGHTS = {"ema": "ema", "raw": "model"}                    # which entry of a checkpoint holds them
+HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@\w[\w./-]*)?")     # OWNER/NAME or OWNER/NAME@REVISION, never a path
+PLACES = {"data": "", "latents": "", "init": "", "out": ""}             # on the disk of whoever trained
+
+
+def export(run: Run, folder: Path) -> None:
+    """Writes model.safetensors and config.json."""
+    from safetensors.torch import save_file
+
+    with explain(f"the export cannot be written to {folder}", kinds=OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in run.model.state_dict().items()},
+                  folder / "model.safetensors", metadata={"format": "pt"})
+        facts = {"lapflow": VERSION, "step": run.step, "weights": run.weights,
+                 "config": {**run.cfg.to_dict(), **PLACES}, "data": run.facts}
+        (folder / "config.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def read_export(folder: Path, vae: str | None = None) -> tuple[dict, str]:
+    """An export as the state of a checkpoint, and which weights it holds. vae: named by the user."""
+    from safetensors.torch import load_file
+
+    with explain(f"{folder} is not an export of sample.py --export"):
+        facts = checkpoint.read_json(folder / "config.json", "configuration of an export") or {}
+        kinds = {"lapflow": int, "step": int, "weights": str, "config": dict, "data": dict}
+        if any(not isinstance(facts.get(name), kind) for name, kind in kinds.items()) or (
+                facts["lapflow"] != VERSION or facts["weights"] not in WEIGHTS):
+            raise ValueError("its config.json is of another version, or of another program")
+        state = {"step": facts["step"], "config": {**facts["config"], **PLACES}, "data": facts["data"],
+                 WEIGHTS[facts["weights"]]: load_file(folder / "model.safetensors")}
+    named = facts["config"].get("vae")
+    if named and not vae and (not HUB.fullmatch(str(named)) or Path(named.split("@")[0]).exists()):
+        raise UserError(f"the export {folder} asks for an autoencoder in the folder {named!r}, but no file chooses "
+                        "folders of this machine: name it yourself with --vae")
+    return state, facts["weights"]

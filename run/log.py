@@ -1,0 +1,247 @@
+"""metrics.jsonl, written while a run trains, and results lines with all that is needed to repeat a measurement.
+
+One line of metrics.jsonl for every --log-every steps:
+
+    step, images, epoch             where the run is
+    loss, loss_bands                mean squared error of each band, null when no step used it; loss: their sum
+    loss_bins                       for each band, by time: ten bins of [0, 1], null where nothing was drawn
+    grad_norm, lr, skipped          norm before clipping; rate of the last step; steps that were not finite
+    images_per_second               over all processes, also ..._per_gpu; seconds_left at this speed
+    data_wait                       share of the time spent waiting for data
+    mfu, memory_gb                  share of the GPUs' peak FLOP/s and peak memory of the first, null when unknown
+"""
+
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import baselines
+from config import Config, UserError
+from data.sources import explain
+from run import checkpoint
+from run.memory import forward_flops, meta_model, peak_flops
+from run.ranks import Ranks
+
+BINS = 10
+PATIENCE = 10                                               # steps in a row that are not finite: then training stops
+
+
+class Log:
+    """Adds up on the device; waits for it, and for the other processes, only when a line is written.
+
+    On a terminal a bar shows the progress; elsewhere each line of metrics prints one line. facts: of the data."""
+
+    def __init__(self, cfg: Config, ranks: Ranks, step: int, facts: dict):
+        self.cfg, self.ranks, self.epoch = cfg, ranks, facts["count"]
+        self.out, self.logger, self.in_a_row = Path(cfg.out), None, 0
+        self.file, self.peak = self.out / "metrics.jsonl", peak_flops(ranks.device)
+        self.flops = forward_flops(meta_model(cfg, facts)) if self.peak else None   # of an image, by stage
+        self.shares, self.terminal = baselines.SYSTEMS[cfg.method].schedule(cfg).shares, sys.stderr.isatty()
+        self.bar = tqdm(total=cfg.steps, initial=step, desc="training", unit="step", mininterval=0.5,
+                        disable=not (ranks.first and self.terminal))
+        if ranks.first:
+            lines = checkpoint.read_lines([self.file]) if self.file.exists() else []
+            temporary = self.file.with_suffix(".tmp")       # without what a run wrote after its last checkpoint
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))
+            os.replace(temporary, self.file)
+            self.logger = open_logger(cfg, self.out)
+        self.clear()
+
+    def clear(self) -> None:
+        self.rows, self.steps, self.waited, self.began = [], [], 0.0, time.perf_counter()
+        self.bins = torch.zeros(2, self.cfg.num_scales, BINS, device=self.ranks.device)     # sum of errors, count
+        self.images_by_stage = [0.0] * self.cfg.num_scales
+
+    def wait_for(self, batches: Iterator) -> Iterable:
+        """The next batch; the time until it is there counts as waiting for data."""
+        began = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - began
+        return batch
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves out the time of a checkpoint or of samples."""
+        began = time.perf_counter()
+        yield
+        self.began += time.perf_counter() - began
+
+    def close(self) -> None:
+        self.bar.close()
+
+    def add(self, loss: torch.Tensor, errors: list, images: int) -> None:
+        """One micro-batch: its loss, and for each active band (t, squared error), one number per example."""
+        bands = self.cfg.num_scales
+        row = torch.zeros(2 * bands + 1, device=self.ranks.device)              # sum and count by band, loss
+        for i, (t, error) in enumerate(errors):
+            row[2 * i], row[2 * i + 1] = error.sum(), float(len(error))
+            place, finite = (t * BINS).long().clamp(max=BINS - 1), error.isfinite()
+            for plane, values in enumerate((torch.where(finite, error, 0), finite)):
+                self.bins[plane, i].index_add_(0, place, values.float())
+        row[2 * bands] = loss.detach() * (images / self.cfg.batch)              # sums to the mean over the batch
+        shares = self.shares if self.cfg.stages == "stratified" else [float(s == len(errors) - 1) for s in range(bands)]
+        self.images_by_stage = [n + share * images for n, share in zip(self.images_by_stage, shares, strict=True)]
+        self.rows.append(row)
+
+    def end_step(self, step: int, grad_norm: torch.Tensor, lr: float) -> None:
+        """A step whose gradient is not finite was not applied."""
+        self.steps.append((step, len(self.rows), grad_norm.detach()))
+        self.lr = lr
+        self.bar.update()
+
+    def write(self, bad_images: Callable = lambda step: []) -> dict:
+        """One line for the steps since the last. Steps that were not applied are named and left out; PATIENCE of them
+        in a row raise UserError. bad_images(step): numbers of this process's images that are not finite."""
+        rows = self.ranks.sum(torch.stack(self.rows)).double().cpu()                # waits for device and processes
+        bins, first, applied = self.ranks.sum(self.bins).cpu(), 0, []
+        norms = torch.stack([norm for _, _, norm in self.steps]).tolist()
+        for (step, end, _), norm in zip(self.steps, norms, strict=True):
+            row, first = rows[first:end].sum(dim=0).tolist(), end
+            self.in_a_row = 0 if math.isfinite(norm) else self.in_a_row + 1
+            if math.isfinite(norm):
+                applied.append((row, norm))
+            else:
+                self.complain(step, row, norm, bad_images)
+        line = self.line(applied, bins, time.perf_counter() - self.began)
+        if self.ranks.first:
+            with open(self.file, "a") as file:
+                file.write(json.dumps(line) + "\n")
+            if self.logger:
+                self.logger(line)
+            loss, rate = f"{line['loss'] or math.nan:.4f}", f"{line['images_per_second']:.0f}"
+            self.bar.set_postfix(loss=loss, images_per_s=rate)
+            if not self.terminal:
+                print(f"step {line['step']} of {self.cfg.steps}  loss {loss}  {rate} images/s  "
+                      f"{tqdm.format_interval(line['seconds_left'])} left", file=sys.stderr, flush=True)
+        self.clear()
+        return line
+
+    def line(self, applied: list, bins: torch.Tensor, seconds: float) -> dict:
+        """The fields above. applied: (sums, gradient norm) of each step that was finite."""
+        cfg, bands, peak, device = self.cfg, self.cfg.num_scales, self.peak, self.ranks.device
+        step, images = self.steps[-1][0], len(self.steps) * cfg.batch
+        sums = [sum(column) for column in zip(*(row for row, _ in applied), strict=True)] or [0.0] * (2 * bands + 1)
+        flops = 3 * sum(n * count for n, count in zip(self.images_by_stage, self.flops or [], strict=False))
+        return {
+            "step": step, "images": step * cfg.batch, "epoch": step * cfg.batch / self.epoch,
+            "loss": ratio(sums[2 * bands], len(applied)), "skipped": len(self.steps) - len(applied),
+            "loss_bands": [ratio(sums[2 * i], sums[2 * i + 1]) for i in range(bands)],
+            "loss_bins": [[ratio(total, n) for total, n in zip(*band, strict=True)]
+                          for band in bins.transpose(0, 1).tolist()],
+            "grad_norm": ratio(sum(norm for _, norm in applied), len(applied)), "lr": self.lr,
+            "images_per_second": images / seconds, "images_per_second_per_gpu": images / seconds / self.ranks.world,
+            "data_wait": self.waited / seconds, "mfu": flops / seconds / peak if flops and peak else None,
+            "memory_gb": torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None,
+            "seconds_left": (cfg.steps - step) * seconds / len(self.steps)}
+
+    def complain(self, step: int, row: list, norm: float, bad_images: Callable) -> None:
+        """Names a step that was not applied, or raises UserError when it was one too many. All processes are here."""
+        bands = [f"the loss of band {i} is {row[2 * i]}" for i in range(self.cfg.num_scales)
+                 if not math.isfinite(row[2 * i])]
+        text = f"{', '.join(bands) or f'the norm of the gradient is {norm}'} at step {step}"
+        if self.in_a_row in (1, PATIENCE):
+            if images := sum(self.ranks.gather(bad_images(step)), []):
+                more = " and others" if len(images) > 8 else ""
+                text += f" (image {', '.join(map(str, images[:8]))}{more} of the data is not finite)"
+        if self.in_a_row < PATIENCE:
+            if self.ranks.first:
+                print(f"warning: {text}: the step was not applied", file=sys.stderr)
+            return
+        last = next(iter(checkpoint.steps(self.out)), None)
+        good = f"the last good checkpoint is {last}" if last else "no checkpoint was written yet"
+        raise UserError(f"{text}: {PATIENCE} steps in a row were not finite and not applied; training stopped, {good}; "
+                        "a lower --lr or a --clip may help")
+
+
+def ratio(total: float, count: float) -> float | None:
+    return total / count if count else None
+
+
+def open_logger(cfg: Config, out: Path) -> Callable | None:
+    """A function that takes a line of metrics, or None; it never asks for a key."""
+    if not cfg.logger:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+        if cfg.logger == "wandb":                           # reads what TensorBoard gets; without a key it would ask
+            import wandb
+
+            netrc = Path.home() / ".netrc"
+            key = os.environ.get("WANDB_API_KEY") or (netrc.exists() and "wandb" in netrc.read_text())
+            wandb.init(project="lapflow", name=out.name, dir=out, config=cfg.to_dict(), sync_tensorboard=True,
+                       mode=os.environ.get("WANDB_MODE") or ("online" if key else "offline"))
+    except ImportError:
+        raise UserError(f"--logger {cfg.logger} needs its packages: pip install tensorboard wandb; metrics.jsonl is "
+                        "written without them") from None
+    writer = SummaryWriter(out / "tensorboard")
+
+    def write(line):
+        for name, value in flat(line).items():
+            writer.add_scalar(name, value, line["step"])
+        writer.flush()
+
+    return write
+
+
+def flat(line: dict, prefix: str = "") -> dict:
+    """Numbers only, with the places of lists in their names: loss_bins/1/7."""
+    result = {}
+    for name, value in line.items():
+        if isinstance(value, list):
+            result.update(flat(dict(enumerate(value)), f"{prefix}{name}/"))
+        elif value is not None:
+            result[f"{prefix}{name}"] = value
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# results lines
+
+
+def check_record(file: str | Path | None) -> None:
+    """Raises UserError, before the work, when a result could not be appended to the file."""
+    if file:
+        with explain(f"results cannot be appended to {file}", kinds=OSError):
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
+            open(file, "a").close()
+
+
+def commit() -> str:
+    """Of this code; "-dirty" with changes."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False,
+                         cwd=Path(__file__).parent)
+    return git.stdout.strip()
+
+
+def record(file: str | Path, cfg: Config | None, device: torch.device, scores: dict) -> None:
+    """Appends one line with all that is needed to repeat a measurement; the tables of the README are made from such."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu_name()}, {os.cpu_count()} cores"
+    program = sys.modules["__main__"].__spec__              # of python -m studies.bench, None of python train.py
+    script = ["-m", program.name] if program else [Path(sys.argv[0]).name]
+    line = {"date": time.strftime("%Y-%m-%d"), "commit": commit(), "hardware": name,
+            "command": shlex.join(["python", *script, *sys.argv[1:]]),
+            "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
+            "config": cfg.to_dict() if cfg else None, **scores}
+    with explain(f"the result cannot be appended to {file}", f": {json.dumps(scores)}", OSError):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        with open(file, "a") as stream:
+            stream.write(json.dumps(line) + "\n")
+
+
+def cpu_name() -> str:
+    """The processor's own name where the system tells it (Linux), its architecture elsewhere."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
