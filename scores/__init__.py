@@ -1,0 +1,1 @@
+"""What fid.py scores with: feature networks, reference statistics, classifiers."""

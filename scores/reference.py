@@ -1,0 +1,200 @@
+"""References: what generated images are compared with, made once from real images.
+
+    python -m scores.reference --data DIR --res 256 --out faces.npz                 with Inception, for FID
+    torchrun --nproc_per_node=8 -m scores.reference --dataset celebahq --data DIR --features dinov2
+
+The file holds mean and covariance of the features (mu, sigma, as pytorch-fid names them), the features, and how they
+were made. `python fid.py RUN --ref faces.npz` refuses another extractor, codec or resolution.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import config
+from config import UserError
+from data.sources import explain, open_source
+from run.ranks import Ranks
+from scores import features as extractors
+
+KEEP = 50_000                                               # features kept of a set: 0.4 GB of Inception's
+
+
+@dataclass
+class Statistics:
+    """Mean, covariance and features of a set of images, added up batch by batch in float64.
+
+    Features and probabilities of at most KEEP images, a fixed random choice among `total` (0: all), are kept in
+    float32, in the order of the images. how: extractor, codec and resolution, and where the images came from."""
+
+    how: dict
+    total: int = 0
+    features: dict = field(default_factory=dict)            # number of the first image of a batch -> array
+    probabilities: dict = field(default_factory=dict)
+    count: int = 0
+    sum: np.ndarray | float = 0.0
+    products: np.ndarray | float = 0.0
+
+    def add(self, features: np.ndarray, probabilities: np.ndarray | None = None, first: int | None = None) -> None:
+        """Features (B, D) of the images first, first + 1, ... (None: those after the last)."""
+        if features.ndim != 2:
+            raise UserError(f"features must have the shape (images, features), not {features.shape}")
+        x, first = features.astype(np.float64), self.count if first is None else first
+        self.count, self.sum, self.products = self.count + len(x), self.sum + x.sum(axis=0), self.products + x.T @ x
+        chosen = self.chosen[first : first + len(x)] if self.total > KEEP else slice(None)
+        self.features[first] = features.astype(np.float32)[chosen]
+        if probabilities is not None:
+            self.probabilities[first] = probabilities.astype(np.float32)[chosen]
+
+    @cached_property
+    def chosen(self) -> np.ndarray:
+        """Whether the features of each image are kept, (total,)."""
+        mask = np.zeros(self.total, bool)
+        mask[np.random.default_rng(0).permutation(self.total)[:KEEP]] = True
+        return mask
+
+    def gather(self, ranks: Ranks) -> "Statistics":
+        """The statistics of all processes together, in the first one."""
+        parts, joined = ranks.gather(self), Statistics(self.how, self.total)
+        for part in parts:
+            joined.features |= part.features
+            joined.probabilities |= part.probabilities
+        joined.count, joined.sum, joined.products = (
+            sum(getattr(part, name) for part in parts) for name in ("count", "sum", "products"))
+        return joined
+
+    @property
+    def mean(self) -> np.ndarray:
+        return self.sum / self.count
+
+    @property
+    def cov(self) -> np.ndarray:
+        """Unbiased, symmetric to the last bit."""
+        cov = (self.products - np.outer(self.sum, self.sum) / self.count) / (self.count - 1)
+        return (cov + cov.T) / 2
+
+    def all_features(self) -> np.ndarray:
+        return np.concatenate([self.features[first] for first in sorted(self.features)])
+
+    def all_probabilities(self) -> np.ndarray:
+        return np.concatenate([self.probabilities[first] for first in sorted(self.probabilities)])
+
+
+def statistics_of(batches: Iterable[tuple[int, np.ndarray]], extractor: Callable, how: dict, total: int,
+                  ranks: Ranks) -> Statistics:
+    """One pass over (first, images) of this process: the statistics of all of them together, in the first process."""
+    result = Statistics(how, total)
+    with tqdm(total=total, desc="features", unit="img", leave=False, disable=not ranks.first) as bar:
+        for first, images in batches:
+            result.add(*extractor(extractors.through_codec(images, how["codec"])), first=first)
+            bar.update(min(len(images) * ranks.world, bar.total - bar.n))
+    return result.gather(ranks)
+
+
+@dataclass
+class Reference:
+    """What generated images are compared with; features is None when only mean and covariance are known."""
+
+    mean: np.ndarray
+    cov: np.ndarray
+    features: np.ndarray | None
+    how: dict
+
+
+def save_reference(file: Path, statistics: Statistics) -> None:
+    """mu, sigma, features, and how they were made."""
+    with explain(f"the reference cannot be written to {file}", kinds=OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(file.name + ".tmp.npz")
+        np.savez(temporary, mu=statistics.mean, sigma=statistics.cov, features=statistics.all_features(),
+                 how=np.array(json.dumps({**statistics.how, "n": statistics.count})))
+        os.replace(temporary, file)
+
+
+def load_reference(file: str) -> Reference:
+    """A reference of scores.reference, or mu and sigma of ADM or pytorch-fid. Raises UserError for other files."""
+    with explain(f"{file} is not a reference, an .npz with mu and sigma as scores.reference writes"):
+        with np.load(file, allow_pickle=False) as arrays:
+            mean, cov = arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64)
+            features = arrays["features"] if "features" in arrays else None
+            how = json.loads(str(arrays["how"])) if "how" in arrays else {}
+        if mean.ndim != 1 or cov.shape != (len(mean), len(mean)) or not isinstance(how, dict) or (
+                features is not None and (features.ndim != 2 or features.shape[1] != len(mean))):
+            raise ValueError("its arrays have the wrong shapes")
+        return Reference(mean, cov, features, how)
+
+
+def check_comparable(reference: Reference, how: dict, file: str) -> None:
+    """Raises UserError when extractor, codec or resolution of the two sides differ."""
+    for key in ("extractor", "codec", "res"):
+        if key in reference.how and reference.how[key] != how[key]:
+            raise UserError(f"{file} cannot be compared with these images: its {key} is {reference.how[key]}, theirs "
+                            f"is {how[key]}; make a reference with the same (python -m scores.reference)")
+
+
+def check_enough(n: int, dim: int, force: bool = False) -> None:
+    """Raises UserError for fewer images than features, whose covariance is singular, unless forced."""
+    if n < dim + 1 and not force:
+        raise UserError(f"{n} images are too few for {dim} features: the distance would mean nothing. Take at least "
+                        f"{dim + 1} (papers: 50000), or look at it anyway with --force")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the program
+
+
+def add_extractor_flags(parser: argparse.ArgumentParser) -> None:
+    """Of scores.reference and fid.py."""
+    parser.add_argument("--extractor-file", default="", help="its TorchScript file [downloaded once, hash checked]")
+    parser.add_argument("--trust", action="store_true", help="accept an --extractor-file with another hash")
+    parser.add_argument("--codec", choices=("none", "jpeg"), default="none",
+                        help="jpeg: both sides through JPEG of quality 75, the protocol of LFM [none]")
+    parser.add_argument("--force", action="store_true", help="allow fewer images than features")
+
+
+def load_extractor(args: argparse.Namespace, name: str, ranks: Ranks) -> Callable:
+    """The extractor; the first process downloads what is missing before the others look for it."""
+    load = partial(extractors.load_extractor, name, args.extractor_file, ranks.device, args.trust)
+    ranks.first_does(load)
+    return load()
+
+
+def main() -> None:
+    parser = config.parser(__doc__, "python -m scores.reference --data DIR [--res N] [--features NAME] [--out FILE]")
+    parser.add_argument("--data", default="", help="real images: a folder, zip, parquet file or hf:OWNER/NAME@REVISION")
+    parser.add_argument("--dataset", default="folder", choices=("folder", "celebahq", "imagenet"), help="[folder]")
+    parser.add_argument("--split", default="train", help="which split, when the data has several [train]")
+    parser.add_argument("--res", type=int, default=256, help="height and width in pixels [256]")
+    parser.add_argument("--features", default="inception", help="inception, dinov2, efficientnet or pixels [inception]")
+    add_extractor_flags(parser)
+    parser.add_argument("--batch", type=int, default=250, help="images at a time [250]")
+    parser.add_argument("--out", default="reference.npz", help="the file to write [reference.npz]")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps [the best there is]")
+    args = parser.parse_args()
+    if args.res < 1 or args.batch < 1:
+        raise UserError("--res and --batch must be at least 1")
+    with Ranks.start(args.device) as ranks:
+        source = open_source(args.dataset, args.data, args.split)
+        extractor = load_extractor(args, args.features, ranks)
+        how = {"extractor": extractor.identity, "codec": args.codec, "res": args.res, "source": args.data,
+               "crop": "ADM: box halving, bicubic, centre", "fingerprint": source.fingerprint}
+        chunks = [range(i, min(i + args.batch, len(source))) for i in range(0, len(source), args.batch)]
+        read = ((chunk.start, np.stack([source.image(i, args.res) for i in chunk]).transpose(0, 2, 3, 1))
+                for chunk in chunks[ranks.rank :: ranks.world])
+        statistics = statistics_of(read, extractor, how, len(source), ranks)
+        if ranks.first:
+            check_enough(statistics.count, len(statistics.mean), args.force)
+            save_reference(Path(args.out), statistics)
+            print(f"reference  {args.out}: {statistics.count:,} images of {args.res} pixels, "
+                  f"{extractor.identity[:40]}, codec {args.codec}")
+
+
+if __name__ == "__main__":
+    config.run(main)
