@@ -1,74 +1,55 @@
 """Every picture of README.md and docs/, from the project's own code: drawn again by one command, on a CPU.
 
-    python docs/figures.py                          all of them (make figures)
-    python docs/figures.py --only hero step3-mask   some of them
-    python docs/figures.py --run DIR --out DIR      of another run of the digits; into another directory
+    python -m docs.figures                          all of them (make figures)
+    python -m docs.figures --only hero step3-mask   some of them
+    python -m docs.figures --run DIR --out DIR      of another run of the digits; into another directory
 
 The digits come from one trained run: --run, else out/digits, else `python train.py`, two minutes on two free cores.
 What took hours is drawn from its recorded numbers, results/*.jsonl.
 """
 
+import contextlib
+import io
+import shutil
+import subprocess
 import sys
+import tempfile
+import time
+from argparse import Namespace
+from functools import cache
 from pathlib import Path
 
+from PIL import Image
+
+import config
+import sample
+import train
+from config import UserError
+from data import batches
+from data.conditions import choose
+from docs import hero, steps
+from pyramid import down
+from run import checkpoint, load, pictures
+from studies import compare, mask_cost, solvers
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import config  # noqa: E402
-
-NAMES = ("hero", "generation", "step1-pyramid", "step2-schedule", "step3-mask", "step4-training", "step5-sampling",
-         "trajectory", "samples", "loss", "previews", "refined", "variations", "upsampled", "mask_cost", "study",
-         "systems", "systems-flops")
-
-if __name__ == "__main__":                                  # before torch is loaded: --help answers at once
-    PARSER = config.parser(__doc__, "python docs/figures.py [--only NAME ...] [--run DIR] [--out DIR]")
-    PARSER.add_argument("--only", nargs="+", choices=NAMES, metavar="NAME", help=f"some of {', '.join(NAMES)} [all]")
-    PARSER.add_argument("--run", help="a run of the digits with two bands [out/digits, trained when it is missing]")
-    PARSER.add_argument("--compare", default=str(ROOT / "out/compare"), help="the runs of compare.py [out/compare]")
-    PARSER.add_argument("--out", default=str(ROOT / "docs"), help="where the pictures go [docs]")
-    ARGUMENTS = PARSER.parse_args()
-
-import contextlib  # noqa: E402
-import io  # noqa: E402
-import shutil  # noqa: E402
-import subprocess  # noqa: E402
-import tempfile  # noqa: E402
-import time  # noqa: E402
-from argparse import Namespace  # noqa: E402
-from functools import cache  # noqa: E402
-
-from PIL import Image  # noqa: E402
-
-import checkpoint  # noqa: E402
-import compare  # noqa: E402
-import data  # noqa: E402
-import hero  # noqa: E402
-import mask_cost  # noqa: E402
-import pictures  # noqa: E402
-import report  # noqa: E402
-import runs  # noqa: E402
-import sample  # noqa: E402
-import steps  # noqa: E402
-import study  # noqa: E402
-from config import UserError  # noqa: E402
-from pyramid import down  # noqa: E402
 
 
 def command(*words) -> None:
-    """Runs a script of the project. Raises UserError with what it said last when it fails."""
+    """Runs a program of the project. Raises UserError with its last line when it fails."""
     done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, stderr=subprocess.PIPE, text=True,
                           stdout=subprocess.DEVNULL)
     if done.returncode:
         raise UserError(f"{' '.join(map(str, words))} failed: {(done.stderr.splitlines() or [''])[-1]}")
 
 
-def digits_run(name: str | None) -> runs.Run:
+def digits_run(name: str | None) -> load.Run:
     """The trained run whose digits are shown. Raises UserError when it is not one of the digits with two bands."""
     folder = Path(name) if name else ROOT / "out" / "digits"
     if not name and not any(folder.glob("step-*.pt")):
         print(f"there is no run in {folder} yet: python train.py, two minutes on two free cores", flush=True)
         command("train.py")
-    run = runs.load_run(str(folder.resolve()), device="cpu")
+    run = load.load_run(str(folder.resolve()), device="cpu")
     cfg = run.cfg
     if (cfg.dataset, cfg.method, cfg.num_scales, cfg.mask) != ("digits", "lapflow", 2, "causal"):
         raise UserError(f"these pictures show the digits in two bands under the causal mask: {folder} is a run of "
@@ -84,38 +65,39 @@ def lines(name: str) -> list[dict]:
 # what train.py and sample.py draw
 
 
-def draw_trajectory(path: Path, run: runs.Run) -> None:
-    report.draw_trajectory(path, run, runs.choose_labels("balanced", len(run.classes), run.classes)[-3:])
+def draw_trajectory(path: Path, run: load.Run) -> None:
+    y = choose(run.condition, len(run.classes))[-3:]
+    states = pictures.watch(run, sample.Guided(run.model, run.cfg.cfg_scale), sample.solve, y)
+    pictures.draw_trajectory(path, run, states)
 
 
-def draw_samples(path: Path, run: runs.Run) -> None:
+def draw_samples(path: Path, run: load.Run) -> None:
     """The first hundred of a batch as large as train.py draws: dopri5 chooses its steps for a whole batch."""
-    labels = runs.choose_labels("balanced", 250, run.classes)
-    images, _ = sample.generate(run, 250, labels, progress=False, **runs.solver_settings(run.cfg))
-    pictures.draw_grid(path, images, labels, run.classes)
+    images, y, _ = train.draw(run, 250, progress=False)
+    pictures.draw_grid(path, images, y, run.condition)
 
 
-def draw_loss(path: Path, run: runs.Run) -> None:
+def draw_loss(path: Path, run: load.Run) -> None:
     if not (run.folder / "metrics.jsonl").exists():
-        raise UserError(f"{run.folder} holds no metrics.jsonl: an export remembers no losses")
+        raise UserError(f"{run.folder} has no metrics.jsonl: an export has no losses")
     pictures.draw_loss(run.folder, path)
 
 
-def sampled(path: Path, run: runs.Run, *words) -> None:
-    """What sample.py draws with these words, heun with 40 steps as in README.md."""
+def causal(path: Path, run: load.Run, what: str, *words) -> None:
+    """What extras.causal draws with these words, heun with 40 steps as in README.md."""
     with tempfile.TemporaryDirectory() as folder:
-        command("sample.py", run.folder, *words, "--solver", "heun", "--steps", 40, "--out", folder)
+        command("-m", "extras.causal", what, run.folder, *words, "--solver", "heun", "--steps", 40, "--out", folder)
         shutil.copyfile(Path(folder) / path.name, path)
 
 
-def draw_upsampled(path: Path, run: runs.Run, number: int = 13) -> None:
+def draw_upsampled(path: Path, run: load.Run, number: int = 13) -> None:
     """Digits that contain a real three, averaged down to 4 x 4 pixels."""
-    loaded = data.load(run.cfg)
-    x1 = loaded.x1(loaded.read([number], None)[0])                              # (1, 1, 8, 8)
+    dataset = batches.load(run.cfg)
+    x1 = dataset.x1(dataset.read([number], None)[0])                            # (1, 1, 8, 8)
     with tempfile.TemporaryDirectory() as folder:
         small = Path(folder) / "small.png"
-        Image.fromarray(data.to_images(down(x1))[0, :, :, 0]).save(small)
-        sampled(path, run, "--upsample", small, "--labels", loaded.labels[number], "--num", 6)
+        Image.fromarray(batches.to_images(down(x1))[0, :, :, 0]).save(small)
+        causal(path, run, "upsample", "--image", small, "--labels", dataset.labels[number], "--num", 6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -123,14 +105,14 @@ def draw_upsampled(path: Path, run: runs.Run, number: int = 13) -> None:
 
 
 def draw_systems(path: Path, folder: Path) -> None:
-    """A row of samples for each system of compare.py. Raises UserError when its runs are not there."""
-    asked = Namespace(dataset="digits", ablation=None, seeds=1, steps=None, size=None)
+    """A row of samples for each system of studies.compare. Raises UserError when its runs are not there."""
+    args = Namespace(dataset="digits", ablation=None, seeds=1, steps=None, size=None, out=folder)
     with contextlib.redirect_stdout(io.StringIO()):
-        planned = compare.plan_runs(asked, folder)
+        planned = compare.plan_runs(args)
     missing = [name for name, cfg in planned if not any(Path(cfg.out).glob("step-*.pt"))]
     if missing:
         raise UserError(f"{path.name} stays as it is: {folder} lacks {len(missing)} of the {len(planned)} runs, an "
-                        "hour of python compare.py")
+                        "hour of python -m studies.compare")
     compare.draw_samples(path, planned, "cpu")
 
 
@@ -142,16 +124,24 @@ def draw_flops(path: Path) -> None:
 
 PLAIN = {"step1-pyramid": steps.step1, "step2-schedule": steps.step2, "step3-mask": steps.step3,
          "mask_cost": lambda path: mask_cost.draw(path, lines("mask_cost")),
-         "study": lambda path: study.draw(path, lines("study")), "systems-flops": draw_flops}
+         "study": lambda path: solvers.draw(path, lines("study")), "systems-flops": draw_flops}
 OF_A_RUN = {"hero": hero.hero, "generation": hero.generation, "step4-training": steps.step4,
             "step5-sampling": steps.step5, "trajectory": draw_trajectory, "samples": draw_samples, "loss": draw_loss,
-            "previews": lambda path, run: sampled(path, run, "--preview", "--num", 30),
-            "refined": lambda path, run: sampled(path, run, "--refine", "3,17,22"),
-            "variations": lambda path, run: sampled(path, run, "--vary", 17, "--num", 8), "upsampled": draw_upsampled}
+            "previews": lambda path, run: causal(path, run, "preview", "--num", 30),
+            "refined": lambda path, run: causal(path, run, "refine", "--numbers", "3,17,22"),
+            "variations": lambda path, run: causal(path, run, "vary", "--number", 17, "--num", 8),
+            "upsampled": draw_upsampled}
+NAMES = (*OF_A_RUN, *PLAIN, "systems")
 
 
-def main(args) -> None:
-    runs.full_float32()
+def main() -> None:
+    parser = config.parser(__doc__, "python -m docs.figures [--only NAME ...] [--run DIR] [--out DIR]")
+    parser.add_argument("--only", nargs="+", choices=NAMES, metavar="NAME", help=f"some of {', '.join(NAMES)} [all]")
+    parser.add_argument("--run", help="a run of the digits with two bands [out/digits, trained when it is missing]")
+    parser.add_argument("--compare", default=str(ROOT / "out/compare"), help="runs of studies.compare [out/compare]")
+    parser.add_argument("--out", default=str(ROOT / "docs"), help="where the pictures go [docs]")
+    args = parser.parse_args()
+    load.full_float32()
     out, run = Path(args.out), cache(lambda: digits_run(args.run))
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -173,7 +163,4 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(ARGUMENTS)
-    except UserError as problem:
-        sys.exit(f"error: {problem}")
+    config.run(main)

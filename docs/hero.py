@@ -6,29 +6,32 @@ import numpy as np
 import torch
 from PIL import Image
 
-import causal
-import data
-import report
-import runs
-from pictures import COARSE, FAINT, FINE, INK, QUIET, band_colour, band_name
+import sample
+from data import batches
+from data.conditions import choose
+from docs.sheet import SMALL, TEXT, TITLE, WIDTH, box, picture, pixels, plot, save, say, sheet, tile
+from extras import causal
 from pyramid import decompose, reconstruct, up
-from sheet import SMALL, TEXT, TITLE, WIDTH, box, picture, pixels, plot, save, say, sheet, tile
+from run import pictures
+from run.load import Run
+from run.pictures import COARSE, FAINT, FINE, INK, QUIET, band_colour, band_name
+from run.solver import solver_settings
 
 GAIN = 2                                                    # fine bands are small: contrast around mid-grey, doubled
 
 
 def crops(side: int, count: int = 2, seed: int = 1) -> torch.Tensor:
     """Crops of the two photographs, as training sees them (count, 3, side, side)."""
-    return data.photos(side, flip=False).reference(10, seed)[0][-count:]
+    return batches.photos(side, flip=False).reference(10, seed)[0][-count:]
 
 
-def digits(run: runs.Run, count: int, seed: int = 0) -> list[torch.Tensor]:
+def digits(run: Run, count: int, seed: int = 0) -> list[torch.Tensor]:
     """Generated bands of the digits 0, 1, ...: [(count, 1, 4, 4), (count, 1, 8, 8)]."""
-    labels, settings = runs.choose_labels("balanced", count, run.classes), runs.solver_settings(run.cfg)
-    return causal.draw_bands(run, causal.noise_of(run, seed, range(count)), labels, **settings)[0]
+    noise, y = causal.noise_of(run, seed, range(count)), choose(run.condition, count)
+    return causal.draw_bands(run, noise, y, **solver_settings(run.cfg))[0]
 
 
-def hero(path: Path, run: runs.Run) -> None:
+def hero(path: Path, run: Run) -> None:
     """Two photographs split into three bands; ten digits generated in two."""
     height, side, pitch = 672, 168, 206
     figure, axis = sheet(height)
@@ -45,8 +48,8 @@ def hero(path: Path, run: runs.Run) -> None:
     say(axis, 32 + side / 2, 18, f"real crop, {x.shape[-1]} × {x.shape[-1]}")
     bands, top, small = digits(run, 10), 440, 62
     total = reconstruct(bands)
-    said = "generated: the coarse band starts, the fine one joins it; their sum is the image"
-    say(axis, WIDTH / 2, top - 24, said, size=TITLE)
+    title = "generated: the coarse band starts, the fine one joins it; their sum is the image"
+    say(axis, WIDTH / 2, top - 24, title, size=TITLE)
     for row, (name, color, images) in enumerate((("coarse", COARSE, bands[0]), ("+ fine", FINE, bands[1]),
                                                  ("= digit", INK, total))):
         y = top + row * (small + 14)
@@ -65,9 +68,8 @@ def mosaic(bands: list[torch.Tensor], whole: int) -> np.ndarray:
         for c in range(count):
             y, x = r * (cell + 6) + 3, c * (cell + 6) + 3
             canvas[y - 1 : y + cell + 1, x - 1 : x + cell + 1] = 200            # a frame: noise can be white
-            shown = np.full((cell, cell, 3), 242, np.uint8) if images is None else pixels(images[c]).repeat(
+            canvas[y : y + cell, x : x + cell] = 242 if images is None else pixels(images[c]).repeat(
                 6, axis=0).repeat(6, axis=1)
-            canvas[y : y + cell, x : x + cell] = shown
     return canvas
 
 
@@ -83,10 +85,10 @@ def palette() -> Image.Image:
     return image
 
 
-def generation(path: Path, run: runs.Run, count: int = 12, steps: int = 80) -> None:
+def generation(path: Path, run: Run, count: int = 12, steps: int = 80) -> None:
     """An animation: t runs from 0 to 1, the coarse band forms, the fine one joins at T_1, and the sum of both."""
-    labels = runs.choose_labels("balanced", count, run.classes)
-    states = report.watch(run, labels, count=count, steps=steps)
+    states = pictures.watch(run, sample.Guided(run.model), sample.solve, choose(run.condition, count),
+                            count=count, steps=steps)
     start, height, left = run.cfg.starts[1], 290, 84
     figure, axis = sheet(height)
     for row, (name, color) in enumerate((("coarse", COARSE), ("+ fine", FINE), ("= sum", INK))):
@@ -100,9 +102,9 @@ def generation(path: Path, run: runs.Run, count: int = 12, steps: int = 80) -> N
     for t in (0, start, 1):
         say(axis, left + t * width, 66, f"{t:g}", size=SMALL, color=QUIET)
     clock = axis.text(left, 18, "", fontsize=TEXT, ha="center", va="center", weight="bold")
-    shown = plot(figure, left - 3, 85, width + 6, 62.5 * 3)
-    shown.set_axis_off()
-    image = shown.imshow(mosaic(states[0][1], run.cfg.res), interpolation="nearest", aspect="auto")
+    bands_axis = plot(figure, left - 3, 85, width + 6, 62.5 * 3)
+    bands_axis.set_axis_off()
+    image = bands_axis.imshow(mosaic(states[0][1], run.cfg.res), interpolation="nearest", aspect="auto")
     frames = []
     for t, bands in states:
         image.set_data(mosaic(bands, run.cfg.res))

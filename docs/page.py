@@ -1,6 +1,6 @@
 """Builds docs/index.html: the README, then the sources of the reading path, comments on the left and code on the right.
 
-    python docs/page.py [FILE]      writes docs/index.html, or FILE
+    python -m docs.page [FILE]      writes docs/index.html, or FILE
 
 A source becomes sections. A function or class begins one, with its docstring as the comment; so does a comment on lines
 of its own. Comments at the end of a line (shapes) stay in the code. One page, without scripts and without requests to
@@ -11,7 +11,6 @@ import ast
 import io
 import os
 import re
-import sys
 import tokenize
 import unicodedata
 from collections import Counter
@@ -27,8 +26,11 @@ from markdown_it import MarkdownIt
 from pygments import lexers, token
 from pygments.util import ClassNotFound
 
+import config
+from config import UserError
+
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ["pyramid.py", "schedule.py", "model.py", "train.py", "sample.py",
+FILES = ["mini.py", "pyramid.py", "schedule.py", "model.py", "train.py", "sample.py", "fid.py",
          *sorted(f"baselines/{path.name}" for path in ROOT.glob("baselines/*.py"))]
 CLASSES = {token.Comment: "c", token.String: "s", token.Keyword: "k", token.Operator.Word: "k",
            token.Name.Decorator: "f", token.Name.Function: "f", token.Name.Class: "f"}    # all else has no colour
@@ -92,8 +94,8 @@ def sections(source: str) -> list[Section]:
         if name:
             begins[min([node.lineno, *(mark.lineno for mark in node.decorator_list)])] = name
             begins.setdefault(node.end_lineno + 1, "")
-        if found := docstring(node, lines):
-            texts[found[0].start] = found
+        if comment := docstring(node, lines):
+            texts[comment[0].start] = comment
     for block in comments(source):
         begins.setdefault(block[0][0], "")
         texts[block[0][0]] = range(block[0][0], block[-1][0] + 1), dedent("\n".join(text for _, text in block))
@@ -228,9 +230,9 @@ def formula(tex: str, display: str = "inline") -> str:
     try:
         html = convert(tex, display=display)
     except Exception as problem:                            # of many kinds
-        raise SystemExit(f"error: README.md: the formula {tex} cannot be converted: {problem!r}") from None
+        raise UserError(f"README.md: the formula {tex} cannot be converted: {problem!r}") from None
     if unknown := re.search(r">(\\\w+|&)<", html):
-        raise SystemExit(f"error: README.md: {unknown[1]} in the formula {tex} is not known to latex2mathml")
+        raise UserError(f"README.md: {unknown[1]} in the formula {tex} is not known to latex2mathml")
     html = re.sub(rf'<(m[in]) mathvariant="({"|".join(STYLES)})">(&#x\w+;|\w)</m[in]>', letter, html)
     html = html.replace("<mi>&#x0007E;</mi>", "<mo>&#x0223C;</mo>")         # \sim
     return html.replace(' xmlns="http://www.w3.org/1998/Math/MathML"', "")
@@ -238,25 +240,25 @@ def formula(tex: str, display: str = "inline") -> str:
 
 def inline_maths(state, silent: bool) -> bool:
     """$...$, $`...`$ and $$...$$ in a line of Markdown, by GitHub's rules."""
-    found = MATHS.match(state.src, state.pos)
-    if not found or state.src[state.pos - 1 : state.pos].isalnum():
+    match = MATHS.match(state.src, state.pos)
+    if not match or state.src[state.pos - 1 : state.pos].isalnum():
         return False
     if not silent:
-        tex = found[1] or found[2] or found[3]
-        state.push("maths", "", 0).content = formula(tex, "block" if found[1] else "inline")
-    state.pos = found.end()
+        tex = match[1] or match[2] or match[3]
+        state.push("maths", "", 0).content = formula(tex, "block" if match[1] else "inline")
+    state.pos = match.end()
     return True
 
 
 def block_maths(state, start: int, end: int, silent: bool) -> bool:
     """$$...$$ on lines of its own, so that no line of it is taken for a list."""
     first = state.bMarks[start] + state.tShift[start]
-    found = re.compile(r"\$\$((?:(?!\n[ ]*\n).)+?)\$\$[ ]*(?=\n|$)", re.S).match(state.src, first)
-    if not found:
+    match = re.compile(r"\$\$((?:(?!\n[ ]*\n).)+?)\$\$[ ]*(?=\n|$)", re.S).match(state.src, first)
+    if not match:
         return False
     if not silent:
-        state.push("maths", "", 0).content = f'<div class="scroll">{formula(found[1], "block")}</div>\n'
-        state.line = start + found[0].count("\n") + 1
+        state.push("maths", "", 0).content = f'<div class="scroll">{formula(match[1], "block")}</div>\n'
+        state.line = start + match[0].count("\n") + 1
     return True
 
 
@@ -348,12 +350,16 @@ def page(readme: str) -> str:
 """
 
 
-if __name__ == "__main__":
-    if len(sys.argv) > 2 or sys.argv[1:] and sys.argv[1].startswith("-"):
-        raise SystemExit(__doc__)
-    out = Path(sys.argv[1]) if sys.argv[1:] else ROOT / "docs" / "index.html"
+def main() -> None:
+    parser = config.parser(__doc__, "python -m docs.page [FILE]")
+    parser.add_argument("file", nargs="?", default=ROOT / "docs" / "index.html", help="[docs/index.html]")
+    out = Path(parser.parse_args().file)
     try:
         out.write_text(page((ROOT / "README.md").read_text()))
     except OSError as problem:
-        raise SystemExit(f"error: the page cannot be built: {problem}") from None
+        raise UserError(f"the page cannot be built: {problem}") from None
     print(f"wrote {out}, {out.stat().st_size / 1e3:.0f} kB")
+
+
+if __name__ == "__main__":
+    config.run(main)

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-import data
-import pictures
+from data.batches import to_uint8
+from run import pictures
 
 WIDTH, FILE_WIDTH = 850, 1400                               # of a README's column, and of the file
 TITLE, TEXT, SMALL = 10.5, 9, 8                             # points, in that column
@@ -50,7 +50,7 @@ def arrow(axis, start: tuple, end: tuple, color: str = pictures.QUIET) -> None:
 
 def pixels(x: torch.Tensor, gain: float = 1.0) -> np.ndarray:
     """One image or band (C, H, W) in [-1, 1] as uint8 (H, W, 3); 0 is mid-grey."""
-    return data.to_uint8(gain * x).expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()
+    return to_uint8(gain * x).expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()
 
 
 def tile(axis, x: float, y: float, side: float, image: torch.Tensor | np.ndarray | None, color: str | None = None,

@@ -8,16 +8,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import causal
-import data
-import runs
 import sample
-from hero import GAIN, crops
+from data import batches
+from data.conditions import choose
+from docs.hero import GAIN, crops
+from docs.sheet import SMALL, TEXT, TITLE, WIDTH, arrow, box, plot, save, say, sheet, tile
+from extras import causal
 from model import MoTDiT, attention
-from pictures import COARSE, FAINT, FINE, INK, QUIET, band_colour, band_name, plain_ticks
 from pyramid import decompose, down, reconstruct
-from schedule import Schedule, loss, noise_bands
-from sheet import SMALL, TEXT, TITLE, WIDTH, arrow, box, plot, save, say, sheet, tile
+from run.load import Run
+from run.pictures import COARSE, FAINT, FINE, INK, QUIET, band_colour, band_name, plain_ticks
+from schedule import Schedule, loss
 
 CONDITION = "#9a9a9a"                                       # time and label: no band
 
@@ -78,7 +79,7 @@ def step2(path: Path) -> None:
     coefficients(figure, 60, 2)
     coefficients(figure, 480, 3)
     schedule, x = Schedule((0.0, 1 / 3, 2 / 3)), crops(64)[-1:]
-    x1, x0 = decompose(x, 3), noise_bands(data.ImageRandom(0, [0]), x.shape[1:], 3)
+    x1, x0 = decompose(x, 3), schedule.draw_noise(batches.ImageRandom(0, [0]), x.shape[1:])
     side, pitch, top = 94, 106, 268
     for column, t in enumerate(torch.arange(7, dtype=torch.float64) / 6):
         active = sum(start <= t + 1e-9 for start in schedule.starts)
@@ -132,9 +133,7 @@ def step3(path: Path) -> None:
     say(axis, left - 16, top - 7, "queries", size=SMALL, color=QUIET, ha="right")
     say(axis, 22, 20, "who reads whom: a row reads the filled columns", size=TITLE, ha="left")
     calls(axis, 414, sizes, kinds, reads)
-    causal_pairs = int(reads.sum())
-    assert causal_pairs == model.attention_pairs(2)
-    say(axis, 414, 342, f"{causal_pairs} pairs of query and key are computed; without the mask there are {total**2}.",
+    say(axis, 414, 342, f"{reads.sum()} pairs of query and key are computed; without the mask there are {total**2}.",
         size=SMALL, color=QUIET, ha="left")
     save(figure, path)
 
@@ -147,40 +146,40 @@ def calls(axis, left: float, sizes: list[int], kinds: list[str], reads: np.ndarr
         begin, end = end, end + size
         assert reads[begin:end, :end].all() and not reads[begin:end, end:].any()
         y = 66 + i * 92
-        said = f"band {i}: {size} queries read {end} keys" + (", condition included" if i == 0 else "")
-        say(axis, left, y, said, color=band_colour(i, 3), ha="left", weight="bold")
+        title = f"band {i}: {size} queries read {end} keys" + (", condition included" if i == 0 else "")
+        say(axis, left, y, title, color=band_colour(i, 3), ha="left", weight="bold")
         for token in range(len(kinds)):
             box(axis, left + token * cell, y + 14, cell - 2, cell - 2, fill=kinds[token] if token < end else "white",
                 edge=kinds[token] if token < end else "#d8d8d8", line=0.8)
-        said = f"scaled_dot_product_attention(q[{i}], cat(k[:{i + 1}]), cat(v[:{i + 1}]))"
-        say(axis, left, y + 42, said, size=SMALL, ha="left", family="DejaVu Sans Mono")
+        call = f"scaled_dot_product_attention(q[{i}], cat(k[:{i + 1}]), cat(v[:{i + 1}]))"
+        say(axis, left, y + 42, call, size=SMALL, ha="left", family="DejaVu Sans Mono")
 
 
-def watched_loss(run: runs.Run, step: int) -> tuple[list, list]:
+def watched_loss(run: Run, step: int) -> tuple[list, list]:
     """One training step of the finished run, as train.py does it: the batch goes through schedule.loss.
     Returns for each stage (x1 bands, xt, t, v, v_pred), and the pairs (t, error) of each band."""
-    loaded, batch, seen = data.load(run.cfg), run.cfg.batch, []
-    (raw, y), = data.read_step(loaded, run.cfg, step, [slice(0, batch)])
+    dataset, rows, stages = batches.load(run.cfg), [slice(0, run.cfg.batch)], []
+    (raw, y), = batches.read_step(dataset, run.cfg, step, rows)
 
     class Watched(Schedule):
         def interpolate(self, x1, x0, t):
             xt, v = super().interpolate(x1, x0, t)
-            seen.append([x1, xt, t, v])
+            stages.append([x1, xt, t, v])
             return xt, v
 
     def model(xt, t, y):
         v_pred = run.model(xt, t, y)
-        seen[-1].append(v_pred)
+        stages[-1].append(v_pred)
         return v_pred
 
     with torch.no_grad():
-        rng = data.BatchRandom(run.cfg.seed, step, batch)
-        _, pairs = loss(model, loaded.x1(raw), y, Watched(run.cfg.starts, run.cfg.path), rng, run.cfg.noise,
-                        "stratified", run.cfg.full_range)
-    return seen, pairs
+        rng = batches.BatchRandom(run.cfg.seed, step, run.cfg.batch)
+        schedule = Watched(run.cfg.starts, run.cfg.path, stages="stratified", full_range=run.cfg.full_range)
+        _, pairs = loss(model, dataset.x1(raw), y, schedule, rng)
+    return stages, pairs
 
 
-def step4(path: Path, run: runs.Run) -> None:
+def step4(path: Path, run: Run) -> None:
     """One step of training: for each stage an example with state, target, answer and error; then the whole batch."""
     stages, pairs = watched_loss(run, run.step)
     figure, axis = sheet(640)
@@ -228,11 +227,10 @@ def scatter(figure, pairs: list, y: float, height: float) -> None:
     plain_ticks(axis)
 
 
-def watched_solve(run: runs.Run, count: int, tolerance: float) -> tuple[list, list]:
+def watched_solve(run: Run, count: int, tolerance: float) -> tuple[list, list]:
     """dopri5 on `count` digits. Returns the times of the velocity calls of each segment, the state as each begins, and
     the bands at the end."""
-    y = torch.as_tensor(runs.choose_labels("balanced", count, run.classes))
-    schedule, noise = Schedule(run.cfg.starts, run.cfg.path), causal.noise_of(run, 0, range(count))
+    y, noise = choose(run.condition, count), causal.noise_of(run, 0, range(count))
     times, begun = [], []
 
     def velocity(bands, t):
@@ -243,7 +241,7 @@ def watched_solve(run: runs.Run, count: int, tolerance: float) -> tuple[list, li
         return run.model(bands, t.expand(count), y)
 
     with torch.no_grad():
-        bands, _ = sample.solve(velocity, noise, schedule, rtol=tolerance, atol=tolerance)
+        bands, _ = sample.solve(velocity, noise, run.schedule, rtol=tolerance, atol=tolerance)
     return times, [*begun, bands]
 
 
@@ -255,7 +253,7 @@ def accepted(times: list[float], end: float) -> list[tuple[float, int]]:
     return [(a[4], 2 + 6 * (k + 1)) for k, a in enumerate(steps) if abs(begins[k + 1] - a[4]) < 1e-6]
 
 
-def step5(path: Path, run: runs.Run, count: int = 12) -> None:
+def step5(path: Path, run: Run, count: int = 12) -> None:
     """Velocity calls of dopri5 over t at two tolerances; below, the state of three digits as each segment ends."""
     figure, axis = sheet(624)
     loose = run.cfg.rtol
@@ -263,15 +261,14 @@ def step5(path: Path, run: runs.Run, count: int = 12) -> None:
     below = plot(figure, 62, 34, 560, 206, xlim=(0, 1.0), xlabel="t", ylabel="velocity calls so far")
     for (tolerance, (times, _)), style in zip(curves.items(), ("-", ":"), strict=True):
         calls_before = 0
-        for j, mine in enumerate(times):
-            begin, end = Schedule(run.cfg.starts).segments[j]
-            points = [(begin, 0), (begin, 2), *accepted(mine, end)]
+        for j, ((begin, end), calls_at) in enumerate(zip(run.schedule.segments, times, strict=True)):
+            points = [(begin, 0), (begin, 2), *accepted(calls_at, end)]
             below.plot([t for t, _ in points], [calls_before + n for _, n in points], color=(COARSE, FINE)[j],
                        linestyle=style, marker="o", markersize=3.5, markevery=slice(2, None), clip_on=False)
-            calls_before += len(mine)
-        said = f"tolerance {tolerance:g}:\n".replace("e-0", "e-")
-        said += f"{' + '.join(str(len(mine)) for mine in times)} = {calls_before} calls"
-        below.text(1.02, calls_before, said, va="center", fontsize=TEXT)
+            calls_before += len(calls_at)
+        title = f"tolerance {tolerance:g}:\n".replace("e-0", "e-")
+        title += f"{' + '.join(str(len(calls_at)) for calls_at in times)} = {calls_before} calls"
+        below.text(1.02, calls_before, title, va="center", fontsize=TEXT)
     below.set_ylim(0, None)
     below.text(0.03, 0.93, "a dot: a step that was kept", transform=below.transAxes, fontsize=SMALL, color=QUIET)
     below.grid(alpha=0.4)
@@ -279,19 +276,19 @@ def step5(path: Path, run: runs.Run, count: int = 12) -> None:
     save(figure, path)
 
 
-def states(axis, found: list, start: float, shown: tuple = (3, 5, 8)) -> None:
+def states(axis, moments: list, start: float, chosen: tuple = (3, 5, 8)) -> None:
     """Tiles: the noise of the coarse band, the state at T_1 before and after the fine band enters, and the end."""
-    first, second, last = found
+    first, second, last = moments
     side, top, pitch = 84, 322, 98
     columns = ((40, first[0], COARSE), (230, second[0], COARSE), (326, second[1], FINE), (516, last[0], COARSE),
                (612, last[1], FINE), (736, reconstruct(last), None))
     for x, images, color in columns:
-        for row, number in enumerate(shown):
+        for row, number in enumerate(chosen):
             tile(axis, x, top + row * pitch, side, images[number], color)
     for x, text in ((82, "t = 0\nnoise"), (272, f"t = {start:g}\nsegment 0 ends"), (368, "enters\nas noise"),
                     (606, "t = 1\nsegment 1 ends"), (778, "sum\nthe image")):
         say(axis, x, top - 24, text, size=SMALL, linespacing=1.4)
-    for row in range(len(shown)):
+    for row in range(len(chosen)):
         middle = top + row * pitch + side / 2
         arrow(axis, (136, middle), (218, middle), COARSE)
         arrow(axis, (422, middle), (504, middle), FINE)

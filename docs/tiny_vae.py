@@ -1,15 +1,13 @@
 """Latents without a download: the digits as RGB files, and a small AutoencoderKL (diffusers) trained on them.
 
-    python docs/tiny_vae.py --out out/compare             a minute: digits-rgb/, digits-vae/, and its picture
-    python latents.py --res 8 --data out/compare/digits-rgb --vae out/compare/digits-vae --out DIR
+    python -m docs.tiny_vae --out out/compare             a minute: digits-rgb/, digits-vae/, and its picture
+    python -m data.latents --res 8 --data out/compare/digits-rgb --vae out/compare/digits-vae --out DIR
 
 8 x 8 x 3 pixels become 4 x 4 x 4 latents: half of the side, a third of the numbers. It stands for the autoencoders of
 the paper (side / 8, 1/48 of the numbers), which cannot be trained in a minute.
 """
 
-import argparse
 import shutil
-import sys
 from pathlib import Path
 
 import torch
@@ -17,12 +15,10 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import pictures  # noqa: E402
-from config import Config  # noqa: E402
-from data import load, to_images, to_uint8  # noqa: E402
+import config
+from config import Config
+from data.batches import load, to_images, to_uint8
+from run import pictures
 
 
 def write_digits(folder: Path) -> torch.Tensor:
@@ -59,7 +55,7 @@ def train(x1: torch.Tensor, steps: int) -> torch.nn.Module:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = config.parser(__doc__, "python -m docs.tiny_vae [--out DIR] [--steps N]")
     parser.add_argument("--out", default="out/compare", help="directory to write [out/compare]")
     parser.add_argument("--steps", type=int, default=1500, help="training steps of the autoencoder [1500]")
     args = parser.parse_args()
@@ -81,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    config.run(main)

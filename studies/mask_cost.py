@@ -5,26 +5,22 @@ E[v_i | all bands]; with the mask band i can only be given E[v_i | bands 0..i]. 
 figure shows how far the covariance of the result is from that of the data, against the start time T of the fine band
 (K = 2).
 
-    python docs/mask_cost.py [--record results/mask_cost.jsonl]
-    python docs/figures.py --only mask_cost                         drawn again from the lines recorded
+    python -m studies.mask_cost [--record results/mask_cost.jsonl]
+    python -m docs.figures --only mask_cost                         drawn again from the recorded lines
 """
 
-import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import fid  # noqa: E402
-from config import Config  # noqa: E402
-from data import load  # noqa: E402
-from pictures import pyplot  # noqa: E402
-from pyramid import decompose  # noqa: E402
-from schedule import Schedule  # noqa: E402
+import config
+from config import Config
+from data.batches import load
+from pyramid import decompose
+from run import log
+from schedule import Schedule
+from studies.output import plot
 
 
 def pyramid_matrix(side: int) -> tuple[np.ndarray, list[int]]:
@@ -75,47 +71,46 @@ def result_covariance(data: np.ndarray, noise: np.ndarray, sizes: list[int], sch
 
 def draw(path: Path, rows: list[dict]) -> None:
     """The errors against T. rows: {"data": name, "causal": bool, "errors": {T: error}}."""
-    figure, axis = pyplot().subplots(figsize=(7, 4), layout="constrained")
     names = list(dict.fromkeys(row["data"] for row in rows))
-    for row in rows:
-        axis.plot([float(t) for t in row["errors"]], [100 * error for error in row["errors"].values()],
-                  color=f"C{names.index(row['data'])}", linestyle="-" if row["causal"] else ":", marker=".",
-                  label=f"{row['data']}, {'causal mask' if row['causal'] else 'no mask'}")
-    axis.set(xlabel="start time T of the fine band", ylabel="error of the covariance, %", ylim=(0, None))
-    axis.legend()
-    axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-    pyplot().close(figure)
+    curves = [([float(t) for t in row["errors"]], [100 * error for error in row["errors"].values()],
+               dict(label=f"{row['data']}, {'causal mask' if row['causal'] else 'no mask'}", marker=".",
+                    color=f"C{names.index(row['data'])}", linestyle="-" if row["causal"] else ":")) for row in rows]
+    plot(path, curves, (7, 4), xlabel="start time T of the fine band", ylabel="error of the covariance, %",
+         ylim=(0, None))
+
+
+def covariances(side: int) -> dict[str, np.ndarray]:
+    """Of three kinds of images, by name, (side^2, side^2) each."""
+    digits = load(Config()).pixels.reshape(-1, side * side) / 127.5 - 1
+    photos = load(Config(dataset="photos", res=side))
+    crops = [photos.reference(4096, seed)[0].mean(dim=1).flatten(1).numpy() for seed in range(4)]
+    row, column = np.divmod(np.arange(side * side), side)
+    distance = np.hypot(row[:, None] - row, column[:, None] - column)
+    return {"digits": np.cov(digits, rowvar=False), "crops of photographs": np.cov(np.concatenate(crops), rowvar=False),
+            "correlation 0.9 per pixel": 0.25 * 0.9**distance}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Draws docs/mask_cost.png and prints its numbers.")
-    parser.add_argument("--record", help="append the numbers and how they were made to a .jsonl file")
-    args, side = parser.parse_args(), 8
+    parser = config.parser(__doc__, "python -m studies.mask_cost [--record FILE]")
+    parser.add_argument("--record", metavar="FILE", help="append the numbers and how they were made to a .jsonl file")
+    args, rows, side = parser.parse_args(), [], 8
+    log.check_record(args.record)
     transform, sizes = pyramid_matrix(side)
-    digits = load(Config()).pixels.reshape(-1, side * side) / 127.5 - 1
-    row, column = np.divmod(np.arange(side * side), side)
-    distance = np.hypot(row[:, None] - row, column[:, None] - column)
-    photos = load(Config(dataset="photos", res=side))
-    crops = [photos.reference(4096, seed)[0].mean(dim=1).flatten(1).numpy() for seed in range(4)]
-    sets = {"digits": np.cov(digits, rowvar=False), "crops of photographs": np.cov(np.concatenate(crops), rowvar=False),
-            "correlation 0.9 per pixel": 0.25 * 0.9**distance}
     noise = transform @ transform.T                         # the pyramid of one white image
-    times, rows = np.array([0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]), []
-    for name, cov in sets.items():
+    for name, cov in covariances(side).items():
         target = transform @ cov @ transform.T
         for causal in (True, False):
-            errors = []
-            for start in times:
-                got = result_covariance(target, noise, sizes, Schedule((0.0, float(start))), causal)
-                errors.append(np.linalg.norm(got - target) / np.linalg.norm(target))
-            print(f"{name}, {'causal' if causal else 'unmasked'}: "
-                  + "  ".join(f"T={t:.2g} {100 * e:.3f}%" for t, e in zip(times, errors, strict=True)))
-            rows.append({"data": name, "causal": causal, "errors": dict(zip(map(str, times), errors, strict=True))})
+            errors = {}
+            for start in (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
+                result = result_covariance(target, noise, sizes, Schedule((0.0, start)), causal)
+                errors[str(start)] = np.linalg.norm(result - target) / np.linalg.norm(target)
+            print(f"{name}, {'causal' if causal else 'no mask'}: "
+                  + "  ".join(f"T={start} {100 * error:.3f}%" for start, error in errors.items()), flush=True)
+            rows.append({"data": name, "causal": causal, "errors": errors})
             if args.record:
-                fid.record(Path(args.record), Config(), torch.device("cpu"), rows[-1])
-    draw(ROOT / "docs" / "mask_cost.png", rows)
+                log.record(args.record, Config(), torch.device("cpu"), rows[-1])
+    draw(Path(__file__).resolve().parent.parent / "docs" / "mask_cost.png", rows)
 
 
 if __name__ == "__main__":
-    main()
+    config.run(main)

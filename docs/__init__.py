@@ -1,0 +1,1 @@
+"""Builders of the pictures and of the page."""

@@ -1,0 +1,382 @@
+"""The systems side by side, and the ablations of the paper: the same trunk, data, training FLOPs, tolerance and scores.
+
+    python -m studies.compare --dataset digits --seeds 3         all systems: a table, samples, distance against FLOPs
+    python -m studies.compare --dataset fashion                  the same on Fashion-MNIST, judged by its classifier
+    python -m studies.compare --ablation mask --steps 500        one table of the paper, its FID beside our distance
+    python -m studies.compare --jobs 2                           two runs at a time, with half of the cores each
+
+Every run is `python train.py` with a few flags, in out/compare; it gets as many steps as have the training FLOPs of
+LapFlow's --steps (counted by torch, backward as two forwards; the last batch rounds). A finished run is not repeated:
+the same command continues after a stop. Each finished run is one line of --record, and tables are made from the lines.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import cache
+from pathlib import Path
+
+from tqdm import tqdm
+
+import config
+import fid
+import train
+from config import Config, UserError
+from data import batches
+from run import checkpoint, load, log, memory, paper, pictures
+from run.ranks import best_device
+from scores.classifier import load_classifier
+from studies import plan
+from studies.output import markdown, origin, plot, spread
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# What is compared: name -> settings. Then the tables of the paper: name -> (settings, the paper's FID, CelebA-HQ 256).
+SYSTEMS = {"LapFlow": {}, "LFM": {"method": "lfm"}, "Pyramidal Flow": {"method": "pyramidal"},
+           "Pyramidal Flow, zero overlap": {"method": "pyramidal-zero-overlap"}, "PixelFlow": {"method": "pixelflow"},
+           "EdifyImage": {"method": "edify"}, "EdifyImage, plain weights": {"method": "edify-plain"},
+           "DFM": {"method": "dfm"}}
+ABLATIONS = {
+    "mask": {"causal": ({}, 3.53), "none": ({"mask": "none"}, 3.91), "self": ({"mask": "self"}, 5.19)},
+    "starts": {"T = 0.5": ({}, 3.53), "T = 0.1": ({"starts": (0.0, 0.1)}, 5.12),
+               "T = 0.2": ({"starts": (0.0, 0.2)}, 4.37), "T = 0.9": ({"starts": (0.0, 0.9)}, 4.92)},
+    "path": {"linear": ({}, 3.53), "quadratic": ({"path": "quadratic"}, 3.78), "cubic": ({"path": "cubic"}, 4.25),
+             "GVP": ({"path": "gvp"}, 4.10)},
+    "scales": {"2": ({}, 3.53), "1 (LFM)": ({"method": "lfm"}, 5.26), "3": ({"num_scales": 3}, 3.59)},
+    "noise": {"pyramid": ({}, None), "independent": ({"noise": "independent"}, None)},
+    "experts": {"full": ({}, None), "qkv": ({"experts": "qkv"}, None), "none": ({"experts": "none"}, None)},
+    "separate": {"one MoT": ({}, 3.53), "a network for each segment": ({"method": "separate"}, 3.60)},
+    "space": {"latents": ({"space": "latent"}, 3.53), "pixels": ({}, 8.63),
+              "latents, LFM": ({"space": "latent", "method": "lfm"}, 7.77), "pixels, LFM": ({"method": "lfm"}, 11.58)},
+    "stages": {"stratified": ({}, None), "one for each batch": ({"stages": "batch"}, None)},
+    "times": {"[T_s, 1]": ({}, 3.53), "[T_s, T_(s+1)]": ({"full_range": False}, None)},
+    "sharing": {"experts full": ({}, None), "experts none": ({"experts": "none"}, None),
+                "experts none, times of the segment": ({"experts": "none", "full_range": False}, None),
+                "experts qkv, times of the segment": ({"experts": "qkv", "full_range": False}, None),
+                "no mask, times of the segment": ({"mask": "none", "full_range": False}, None),
+                "experts none, no mask, times of the segment": (
+                    {"experts": "none", "mask": "none", "full_range": False}, None)},
+    "condition-tokens": {"on": ({}, None), "off": ({"condition_tokens": False}, None)},
+}
+COLUMNS = {"frechet_pixel": ("FD", 3), "frechet": ("FD, classifier", 3), "precision": ("precision", 3),
+           "recall": ("recall", 3), "class_variance": ("class variance", 3), "label_agreement": ("agreement", 3),
+           "nfe": ("NFE", 0)}
+
+
+def variants(args: argparse.Namespace) -> dict:
+    """name -> (settings, the paper's FID or None)."""
+    return ABLATIONS[args.ablation] if args.ablation else {name: (given, None) for name, given in SYSTEMS.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# which runs, at equal FLOPs
+
+
+@cache
+def data_facts(dataset: str) -> dict:
+    return batches.facts(batches.load(paper.resolve({"dataset": dataset})))
+
+
+@cache
+def counted(cfg: Config, dataset: str) -> tuple[int, list[int]]:
+    """Parameters, and FLOPs of a forward pass by stage, of plan.key of a configuration."""
+    facts = data_facts(dataset)
+    if cfg.space == "latent":                               # of docs/tiny_vae.py
+        facts = {**facts, "channels": 4, "side": facts["side"] // 2}
+    elif cfg.dataset == "folder":
+        facts = {**facts, "channels": 3}
+    return memory.parameters(memory.meta_model(cfg, facts)), plan.flops_by_stage(cfg, facts)
+
+
+def step_flops(cfg: Config, dataset: str) -> float:
+    """Of one training step: backward is two forwards."""
+    return 3 * cfg.batch * memory.mean_of_stages(cfg, counted(plan.key(cfg), dataset)[1])
+
+
+def plan_runs(args: argparse.Namespace) -> list[tuple[str, Config]]:
+    """The runs of a comparison: (name, configuration), seed by seed. LapFlow, the first variant, sets the FLOPs."""
+    out, given = Path(args.out), {"dataset": args.dataset}
+    if args.ablation == "space":                            # digits as RGB files, which an autoencoder can encode
+        given = {name: getattr(Config, name) for name in ("lr", "lr_end", "ema", "batch", "steps", "num_samples",
+                                                          "save_every", "num_scales", "size")}
+        given |= {"dataset": "folder", "res": 8, "data": str(out / "digits-rgb"), "flip": False}
+    given |= {name: getattr(args, name) for name in ("steps", "size") if getattr(args, name)}
+    runs, budget = [], None
+    for name, (settings, _) in variants(args).items():
+        more = dict(settings)
+        if more.get("space") == "latent":                   # half the side: patches of half the size, as many tokens
+            *rest, patch = given["size"].split(",")
+            more |= {"vae": str(out / "digits-vae"), "latents": str(out / "digits-latents"),
+                     "size": ",".join([*rest, str(int(patch) // 2)])}
+        if more.get("method") == "lfm":
+            more["num_scales"] = 1
+        cfg = paper.resolve({**given, **more, "out": "-"})
+        flops = step_flops(cfg, args.dataset)
+        if budget is None:
+            budget, budget_steps = cfg.steps * flops, cfg.steps
+        steps = max(1, round(budget / flops))
+        print(f"{name:30s} {steps:6d} steps x {flops:.3e} = {steps * flops:.3e} training FLOPs")
+        for seed in range(args.seeds):
+            folder = "-".join(map(str, [cfg.dataset, budget_steps, *sum(sorted(settings.items()), ()), seed]))
+            folder = "".join(c if c.isalnum() or c in "-._" else "_" for c in folder)
+            runs.append((name, dataclasses.replace(
+                cfg, steps=steps, seed=seed, out=str(out / folder), save_every=max(1, steps // 4),
+                eval_every=0 if seed or args.ablation else max(1, steps // 5))))
+    return sorted(runs, key=lambda run: run[1].seed)
+
+
+def command_of(cfg: Config, device: str | None) -> list[str]:
+    """The train.py of a configuration: the flags in which it differs from the defaults of its data."""
+    standard, words = paper.resolve({"dataset": cfg.dataset}).to_dict(), ["--dataset", cfg.dataset]
+    for name, value in cfg.to_dict().items():
+        flag = name.replace("_", "-")
+        if value == standard[name]:
+            continue
+        if name == "space":
+            words.append(f"--{value}")
+        elif isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", ",".join(map(str, value)) if isinstance(value, list) else str(value)]
+    return words + (["--device", device] if device else [])
+
+
+def finished(lines: list[dict], cfg: Config, what: str) -> dict | None:
+    """The line of a run that is done, whichever comparison asked for it; what: "run", or "time" for its timing."""
+    def trained(settings):                                  # a line older than a setting has its default
+        return {**Config().to_dict(), **settings, "out": "", "eval_every": 0, "save_every": 1}
+
+    return next((line for line in lines if line["what"] == what and trained(line["config"]) == trained(cfg.to_dict())),
+                None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the runs
+
+
+def train_one(name: str, cfg: Config, args: argparse.Namespace, commit: str, children: list) -> None:
+    """One run, in a process of its own, and its line."""
+    folder, report = Path(cfg.out), Path(cfg.out + ".log")
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    with open(report, "w") as file:
+        child = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *command_of(cfg, args.device)], stdout=file,
+                                 stderr=file, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+    children.append(child)
+    if child.wait() or not (folder / "scores.json").exists():           # a run that is asked to stop leaves with 0
+        last = (report.read_text().splitlines() or [""])[-1]
+        raise UserError(f"the run {cfg.out} did not finish, see {report}: {last}")
+    scores = json.loads((folder / "scores.json").read_text())
+    if cfg.space == "latent" or cfg.dataset == "fashion":
+        scores = judged(cfg, args.device, scores)
+    parameters, flops = counted(plan.key(cfg), args.dataset)
+    sampling = sum(calls * count for calls, count in zip(scores["nfe_segments"], flops, strict=True))
+    curve = checkpoint.read_lines(path for path in [folder / "scores.jsonl"] if path.exists())
+    for key in ("run", "seconds_per_image", "seconds_total"):           # times are measured later, one run at a time
+        scores.pop(key, None)
+    log.record(args.record, cfg, best_device(args.device), {
+        "commit": commit, "what": "run", "settings": variants(args)[name][0], "parameters": parameters,
+        "training_flops": cfg.steps * step_flops(cfg, args.dataset), "sampling_flops": sampling, "jobs": args.jobs,
+        "curve": [[line["step"], line["frechet_pixel"]] for line in curve], **scores})
+    print(f"{name:30s} seed {cfg.seed}: FD {scores['frechet_pixel']:.4f}", flush=True)
+
+
+def judged(cfg: Config, device: str | None, scores: dict) -> dict:
+    """The scores of a run, with those of another judge: latents are compared with real images, not with decoded ones;
+    Fashion-MNIST is judged in the features of its classifier, and FD stays that of pixels."""
+    run = load.load_run(cfg.out, device=device)
+    images, y, _ = train.draw(run, cfg.num_samples, progress=False)
+    if cfg.space == "latent":
+        pixels = batches.load(dataclasses.replace(cfg, space="pixel", vae="", latents=""))
+        return scores | fid.evaluate(pixels, images, y, batches.to_images)
+    dataset = batches.load(cfg)
+    features = fid.evaluate(dataset, images, y, run.decode, load_classifier(dataset, run.decode, run.device))
+    return scores | features | {"real": scores["real"] | features["real"]}
+
+
+def measure_times(planned: list[tuple[str, Config]], args: argparse.Namespace, rounds: int = 3,
+                  count: int = 250) -> None:
+    """Seconds per image of each variant's first seed: in turn, alone on the machine, medians over the rounds."""
+    lines = checkpoint.read_lines([args.record])
+    ready = [(name, load.load_run(cfg.out, device=args.device), []) for name, cfg in planned
+             if cfg.seed == 0 and finished(lines, cfg, "time") is None and any(Path(cfg.out).glob("step-*.pt"))]
+    for _ in range(rounds if ready else 0):
+        for _, run, seconds in tqdm(ready, desc="timing", leave=False):
+            seconds.append(train.draw(run, count, progress=False)[2]["seconds_per_image"])
+    for name, run, seconds in ready:
+        log.record(args.record, run.cfg, run.device, {
+            "what": "time", "settings": variants(args)[name][0], "batch": count, "rounds": seconds,
+            "seconds_per_image": statistics.median(seconds)})
+
+
+def prepare_space(out: Path) -> None:
+    """The files of --ablation space: digits as RGB images, a small autoencoder trained on them, and their latents."""
+    for module, *words in (("docs.tiny_vae", "--out", out),
+                           ("data.latents", "--res", "8", "--data", out / "digits-rgb", "--vae", out / "digits-vae",
+                            "--out", out / "digits-latents")):
+        if subprocess.run([sys.executable, "-m", module, *map(str, words)]).returncode:
+            raise UserError(f"python -m {module} failed: the latents of the digits could not be made")
+
+
+def run_all(planned: list[tuple[str, Config]], args: argparse.Namespace) -> None:
+    """Trains the runs that have no line yet. The first that fails, Ctrl-C or SIGTERM ends all."""
+    lines, commit, children = checkpoint.read_lines([args.record]), log.commit(), []
+    todo = [(name, cfg) for name, cfg in planned if finished(lines, cfg, "run") is None]
+    print(f"{len(planned)} runs, {len(planned) - len(todo)} of them done")
+    pool = ThreadPoolExecutor(args.jobs)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command goes on"))
+    try:
+        for job in as_completed([pool.submit(train_one, name, cfg, args, commit, children) for name, cfg in todo]):
+            job.result()
+    except BaseException as problem:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in children:
+            child.terminate()                               # it saves, and goes on with the same command
+        if isinstance(problem, KeyboardInterrupt):
+            sys.exit("stopped; the same command goes on")
+        raise
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tables and pictures, from the lines
+
+
+def table(runs_of: dict, paper_fid: dict, times: dict) -> str:
+    """Markdown, a row for each name; by name: the lines of its runs, the paper's FID or None, and seconds per image."""
+    lines = sum(runs_of.values(), [])
+    levels = sorted((key for key in lines[0] if key.startswith("swd_")), key=lambda key: int(key[4:]))
+    columns = {key: value for key, value in COLUMNS.items() if key in lines[0]}
+    columns |= {key: (f"SWD {key[4:]}", 1) for key in levels}
+    with_paper = any(paper_fid.values())
+    head = ["", *(title for title, _ in columns.values()), "s / image", "GFLOPs / image", "parameters, M", "steps",
+            *["paper: FID"] * with_paper]
+    rows = []
+    for name, runs in runs_of.items():
+        if runs:
+            rows.append([name, *(spread([line[key] for line in runs], places) for key, (_, places) in columns.items()),
+                         f"{times[name]:.4f}" if name in times else "not measured",
+                         f"{statistics.mean([line['sampling_flops'] for line in runs]) / 1e9:.2f}",
+                         f"{runs[0]['parameters'] / 1e6:.2f}", runs[0]["config"]["steps"],
+                         *[paper_fid.get(name) or ""] * with_paper])
+    if real := lines[0].get("real"):
+        cells = [f"{real[key]:.{places}f}" if key in real else "" for key, (_, places) in columns.items()]
+        rows.append(["*real images*", *cells, *[""] * (4 + with_paper)])
+    seeds, flops = len({line["config"]["seed"] for line in lines}), [line["training_flops"] for line in lines]
+    step = max(line["training_flops"] / line["config"]["steps"] for line in lines)
+    if max(flops) - min(flops) > max(step, 0.01 * max(flops)) or len({line["config"]["dataset"] for line in lines}) > 1:
+        raise UserError("these runs cannot share a table: their data or training FLOPs differ")
+    return (f"{markdown(head, rows)}\n\n{flops[0]:.2e} training FLOPs each; {seeds} seeds, mean ± standard deviation; "
+            f"{lines[0]['n']} images, {lines[0]['solver']} {lines[0].get('rtol', '')}; "
+            f"{origin(lines, 'hardware', 'versions')}.")
+
+
+def verdict(runs_of: dict, paper_fid: dict) -> str:
+    """Does the paper's ranking hold? Pairs of variants in the order of its FID, against ours; within noise: our means
+    differ by less than two standard errors."""
+    ours = {name: [line["frechet_pixel"] for line in runs_of[name]] for name in paper_fid if paper_fid[name]}
+    names = sorted((name for name, values in ours.items() if len(values) > 1), key=paper_fid.get)
+    counts = {"hold": 0, "within noise": 0, "reversed": 0}
+    for i, better in enumerate(names):
+        for worse in names[i + 1 :]:
+            gap = statistics.mean(ours[worse]) - statistics.mean(ours[better])
+            noise = sum(statistics.variance(ours[name]) / len(ours[name]) for name in (better, worse)) ** 0.5
+            counts["within noise" if abs(gap) < 2 * noise else "hold" if gap > 0 else "reversed"] += 1
+    total = sum(counts.values())
+    return f"of {total} pairs " + ", ".join(f"{n} {what}" for what, n in counts.items()) if total else ""
+
+
+def draw_curves(path: Path, runs_of: dict) -> None:
+    """Distance against training FLOPs, of the first seed; the last point of each is the finished run."""
+    curves = []
+    for name, lines in runs_of.items():
+        for line in lines[:1]:
+            points = [*line["curve"], [line["config"]["steps"], line["frechet_pixel"]]]
+            each = line["training_flops"] / line["config"]["steps"]
+            curves.append(([step * each for step, _ in points], [distance for _, distance in points],
+                           dict(marker="o", label=name)))
+    plot(path, curves, plain=False, xscale="log", yscale="log", xlabel="training FLOPs",
+         ylabel="Frechet distance, pixels in [0, 1]")
+
+
+def draw_samples(path: Path, planned: list[tuple[str, Config]], device: str | None) -> None:
+    """One row for each system, seed 0: the same conditions, one column each."""
+    rows, names, titles = [], [], []
+    for name, cfg in planned:
+        if cfg.seed == 0 and any(Path(cfg.out).glob("step-*.pt")):
+            run = load.load_run(cfg.out, device=device)
+            images, y, _ = train.draw(run, 10, progress=False)
+            rows.append(list(images))
+            names.append(name.replace(", ", ",\n"))
+            titles = [] if y is None else run.condition.describe(y)
+    if rows:
+        pictures.draw_images(path, rows, [], titles, names)
+
+
+def gathered(lines: list[dict], wanted: dict) -> tuple[dict, dict]:
+    """Runs and times by name, for the tables of studies.tables; wanted: name -> settings."""
+    def select(settings, what):
+        settings = json.loads(json.dumps(settings))
+        by_seed = {line["config"]["seed"]: line for line in lines
+                   if line["settings"] == settings and line["what"] == what}        # of each seed the last
+        return [by_seed[seed] for seed in sorted(by_seed)]
+
+    times = {name: select(settings, "time") for name, settings in wanted.items()}
+    return ({name: select(settings, "run") for name, settings in wanted.items()},
+            {name: rows[0]["seconds_per_image"] for name, rows in times.items() if rows})
+
+
+def report(planned: list[tuple[str, Config]], args: argparse.Namespace) -> None:
+    """Writes and prints the table of the finished runs, and the pictures."""
+    out, lines, name = Path(args.out), checkpoint.read_lines([args.record]), args.ablation or args.dataset
+    done = {variant: [] for variant in variants(args)}
+    for variant, cfg in planned:
+        done[variant] += [line for line in [finished(lines, cfg, "run")] if line]
+    times = {variant: line["seconds_per_image"] for variant, cfg in planned if (line := finished(lines, cfg, "time"))}
+    paper_fid = {variant: value for variant, (_, value) in variants(args).items()}
+    text = table(done, paper_fid, times)
+    if ranking := verdict(done, paper_fid):
+        text += f"\n\nThe paper's ranking: {ranking}."
+    (out / f"{name}.md").write_text(text + "\n")
+    draw_samples(out / f"{name}.png", planned, args.device)
+    if not args.ablation:
+        draw_curves(out / f"{name}-flops.png", done)
+    print(f"{text}\nwrote      {out}/{name}.md, {name}.png{'' if args.ablation else f', {name}-flops.png'}; "
+          f"lines in {args.record}")
+
+
+def main() -> None:
+    parser = config.parser(__doc__, "python -m studies.compare [--dataset NAME] [--ablation NAME] [--seeds N]")
+    parser.add_argument("--dataset", choices=("digits", "photos", "fashion"), default="digits", help="[digits]")
+    parser.add_argument("--ablation", choices=ABLATIONS, help="a table of the paper [the systems]")
+    parser.add_argument("--seeds", type=int, default=3, help="training seeds 0, 1, ... [3]")
+    parser.add_argument("--steps", type=int, help="steps of LapFlow, whose FLOPs all get [those of the preset]")
+    parser.add_argument("--size", help="size of all models [that of the preset]")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; on a GPU leave it at 1 [1]")
+    parser.add_argument("--out", default="out/compare", help="directory of the runs [out/compare]")
+    parser.add_argument("--record", help="the lines of finished runs, read and appended to [OUT/results.jsonl]")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps [the best there is]")
+    args = parser.parse_args()
+    if args.seeds < 1 or args.jobs < 1 or (args.steps is not None and args.steps < 1):
+        raise UserError("--seeds, --steps and --jobs must be at least 1")
+    if args.dataset != "digits" and args.ablation == "space" or (
+            args.dataset == "photos" and args.ablation in ("scales", "starts")):
+        raise UserError(f"--ablation {args.ablation} is written for the two scales of the digits: leave out --dataset")
+    args.record = Path(args.record or Path(args.out) / "results.jsonl")
+    log.check_record(args.record)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    if args.ablation == "space":
+        prepare_space(Path(args.out))
+    planned = plan_runs(args)
+    run_all(planned, args)
+    if not args.ablation:
+        measure_times(planned, args)
+    report(planned, args)
+
+
+if __name__ == "__main__":
+    config.run(main)

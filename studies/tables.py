@@ -1,0 +1,170 @@
+"""Writes the tables between the markers <!-- NAME --> and <!-- /NAME --> of README.md and docs/*.md, from
+results/*.jsonl and, for the presets, from run/paper.py. A table stands on exactly one of these pages.
+
+    python -m studies.tables            writes them
+    python -m studies.tables --check    fails when a page does not show what the results say
+"""
+
+import re
+from functools import partial
+from pathlib import Path
+
+import config
+from config import UserError
+from run import checkpoint
+from studies import compare, plan, solvers
+from studies.output import markdown, origin, spread
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("README.md", "docs/results.md", "docs/paper.md", "docs/scores.md")
+
+
+def lines(name: str) -> list[dict]:
+    file = ROOT / "results" / f"{name}.jsonl"
+    return checkpoint.read_lines([file] if file.exists() else [])
+
+
+def digits() -> str:
+    """The default run, one row for each score, beside LFM at equal training FLOPs and real images."""
+    rows = lines("digits")
+    lfm = [row for row in lines("compare") if row["what"] == "run" and row["settings"] == {"method": "lfm"}]
+    names = {"label_agreement": "a classifier agrees with the label asked for",
+             "frechet_pixel": "Frechet distance, pixels in [0, 1]",
+             "class_variance": "variance inside a class, over the real one",
+             "novelty": "distance to the nearest training image, over the real one",
+             "precision": "precision (k = 3)", "recall": "recall (k = 3)"}
+    table = [[text, *(spread([row[name] for row in side], 3) for side in (rows, lfm)), f"{rows[0]['real'][name]:.3f}"]
+             for name, text in names.items()]
+    table += [[f"NFE ({rows[0]['solver']})", *(spread([row["nfe"] for row in side], 0) for side in (rows, lfm)), ""],
+              ["`python train.py` in all, seconds", spread([row["seconds_total"] for row in rows], 0), "", ""]]
+    head = ["500 images, classes balanced", "LapFlow", "LFM, equal training FLOPs", "real images"]
+    return (f"{markdown(head, table)}\n\n{len(rows)} training seeds, mean ± standard deviation; "
+            f"{origin(rows + lfm, 'hardware', 'versions')}; `{rows[0]['command']}`.")
+
+
+def study() -> str:
+    """Solvers of the default run: those that no other beats in both time and distance, and all of dopri5."""
+    rows, best, chosen = sorted(lines("study"), key=lambda row: row["seconds_per_image"]), float("inf"), []
+    for row in rows:
+        if row["distance"] < best or (row["solver"], row["precision"]) == ("dopri5", "float32"):
+            chosen.append(row)
+        best = min(best, row["distance"])
+    return (f"{solvers.table(chosen, 'Frechet distance, pixels')}\n\nThose that no other beats in both, and all of "
+            f"dopri5 in float32; all {len(rows)} are in results/study.jsonl; {origin(rows, 'hardware', 'versions')}; "
+            f"`{rows[0]['command']}`.")
+
+
+def causal() -> str:
+    """Previews, refinement and upsampling, measured on the default run."""
+    preview, refine, vary, upsample = ({row["what"]: row for row in lines("causal")}[what] for what in (
+        "preview", "refine", "vary", "upsample"))
+    rows = [["a preview, against a whole image (thirty at a time)", f"{preview['speed_up']:.1f} times faster"],
+            ["coarse bands of finished images, against their previews",
+             f"at most {refine['largest_difference']:.0e} apart"],
+            ["standard deviation between eight variations", f"{vary['std']:.2f}"],
+            ["and between their averages over coarse pixels", f"{vary['std_coarse']:.0e}"],
+            ["an upsampled digit averaged down, against the input (what clipping to 0..255 changes)",
+             f"{upsample['rms_of_input']:.1f} of 255 (root mean square); bicubic "
+             f"{upsample['rms_of_input_bicubic']:.1f}"]]
+    return (f"{markdown(['on the digits', 'measured'], rows)}\n\nheun, {preview['steps']} steps; "
+            f"{origin([preview], 'hardware', 'versions')}.")
+
+
+def mask_cost() -> str:
+    """Errors of the covariance under the causal mask, in closed form."""
+    times, rows = ("0.1", "0.2", "0.5", "0.9"), lines("mask_cost")
+    free = {row["data"]: max(row["errors"].values()) for row in rows if not row["causal"]}
+    return markdown(["Gaussian data like", *(f"T = {t}" for t in times), "no mask"], [
+        [row["data"], *(f"{100 * row['errors'][t]:.2g}%" for t in times), f"{100 * free[row['data']]:.0g}%"]
+        for row in rows if row["causal"]])
+
+
+def systems(name: str) -> str:
+    """The systems side by side on one data set."""
+    runs, times = compare.gathered(lines(name), compare.SYSTEMS)
+    return "not measured yet" if not any(runs.values()) else (
+        f"{compare.table(runs, {}, times)} The row of DFM ranks a setting, not the method: as in its paper, nine "
+        "tenths of each batch train the coarse stage, which leaves the fine band a tenth of these few steps.")
+
+
+def ablations() -> str:
+    """The ablations on the digits, the paper's FID beside our distance, and whether its ranking holds."""
+    rows, table = lines("ablations"), []
+    for ablation, variants in compare.ABLATIONS.items():
+        if ablation == "sharing":                           # at the length of the systems: LOG.md has it
+            continue
+        own = [row for row in rows if (row["config"]["dataset"] == "folder") == (ablation == "space")]
+        runs, _ = compare.gathered(own, {name: settings for name, (settings, _) in variants.items()})
+        paper_fid = {name: fid for name, (_, fid) in variants.items()}
+        for name, group in runs.items():
+            if group:
+                scores = [spread([row[key] for row in group], places) for key, places in (
+                    ("frechet_pixel", 3), ("class_variance", 3), ("nfe", 0))]
+                table.append([ablation, name, *scores, f"{group[0]['parameters'] / 1e6:.2f}", paper_fid[name] or ""])
+        if ranking := compare.verdict(runs, paper_fid):
+            table.append(["", f"*the paper's ranking: {ranking}*", "", "", "", "", ""])
+    head = ["ablation", "", "FD", "class variance", "NFE", "parameters, M", "paper: FID"]
+    return (f"{markdown(head, table)}\n\nDigits, {rows[0]['training_flops']:.2e} training FLOPs each, "
+            f"{len({row['config']['seed'] for row in rows})} seeds (one where no spread is shown), mean ± standard "
+            f"deviation; {rows[0]['n']} images, {rows[0]['solver']} {rows[0]['rtol']}; "
+            f"{origin(rows, 'hardware', 'versions')}. Within noise: the means differ by less than two standard errors.")
+
+
+def speed() -> str:
+    """Our passes against those of a single-scale DiT and of the other LapFlow; ratios of medians."""
+    rows, table = [row for row in lines("bench") if row.get("what") == "compare"], []
+    rivals = {"diffusers DiT": "diffusers' DiT", "rectified-flow-pytorch": "rectified-flow-pytorch"}
+    for row in rows:
+        for what in ("forward and backward", "forward"):
+            ratios = [f"{row[what]['over'][name]:.3f}" if name in row[what]["over"] else "not measured"
+                      for name in rivals]
+            table.append([f"{row['side']} x {row['side']}", row["num_scales"], row["batch"], what,
+                          f"{row['limit']:.3f}", *ratios])
+    head = ["latents", "K", "batch", "", "FLOPs, ours / our one scale", *(f"time, ours / {n}" for n in rivals.values())]
+    packages = sorted({f"{name} {version}" for row in rows for name, version in row["packages"].items()})
+    commands = "; ".join(dict.fromkeys(row["command"] for row in rows))
+    text = [f"{markdown(head, table)}\n\n{origin(rows, 'hardware', 'precision', 'versions')}; "
+            f"{', '.join(packages)}; `{commands}`."]
+    for row in lines("bench"):
+        if row.get("what") == "sample":
+            single, many = row["batch 1"], row["batch 64"]
+            text.append(
+                f"Sampling `{row['row']}` (`{row['command']}`; {origin([row], 'hardware')}): "
+                f"{single['seconds_per_image']:.2f} s for one image, {many['seconds_per_image']:.4f} s each in a batch "
+                f"of 64, NFE {many['nfe']:g} ({row['solver']}); a preview is {single['preview_speed_up']:.1f} times "
+                f"faster for one image, {many['preview_speed_up']:.1f} in a batch of 64.")
+    return "\n\n".join(text)
+
+
+TABLES = {"digits": digits, "presets": plan.presets, "speed": speed, "study": study, "causal": causal,
+          "mask_cost": mask_cost, "systems": partial(systems, "compare"), "fashion": partial(systems, "fashion"),
+          "ablations": ablations}
+
+
+def render(pages: dict[str, str]) -> dict[str, str]:
+    """The pages, name -> text, with their tables. Raises UserError for a table that is not on exactly one of them."""
+    pages = dict(pages)
+    for name, make in TABLES.items():
+        marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
+        places = [page for page, text in pages.items() for _ in marked.findall(text)]
+        if len(places) != 1:
+            raise UserError(f"the markers <!-- {name} --> and <!-- /{name} --> must stand once on one of "
+                            f"{', '.join(pages)}; they stand on {', '.join(places) or 'none'}")
+        table = make()
+        pages[places[0]] = marked.sub(lambda match, table=table: f"{match[1]}{table}\n{match[2]}", pages[places[0]])
+    return pages
+
+
+def main() -> None:
+    parser = config.parser(__doc__, "python -m studies.tables [--check]")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail when a page is out of date")
+    args = parser.parse_args()
+    pages = {name: (ROOT / name).read_text() for name in PAGES if (ROOT / name).exists()}
+    for name, text in render(pages).items():
+        if text != pages[name] and args.check:
+            raise UserError(f"{name} is out of date: run python -m studies.tables")
+        (ROOT / name).write_text(text)
+
+
+if __name__ == "__main__":
+    config.run(main)
