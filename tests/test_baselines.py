@@ -1,39 +1,57 @@
-"""The systems LapFlow is compared with: their mathematics in closed form, then one run of each.
+"""The systems of baselines/: the mathematics of each in closed form, then the interface that all share, then one run.
 
 For Gaussian data x ~ N(0, S) every state is A x + B n with known matrices, the best velocity is linear and known, and
 so is the flow F from the noise to the image: F F^T must be S. All jumps are exact in law, so each sampler must give S
 as closely as the solver integrates. (LapFlow under its causal mask does not: tests/test_sample.py.)
 """
 
-import dataclasses
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-import baselines
-import runs
 import sample as sampling
 import schedule as lapflow
 import train
-from baselines import dfm, edify, lfm, pyramidal
-from config import METHODS, Config, UserError, resolve
+from baselines import SYSTEMS, dfm, edify, lfm, pyramidal
+from config import METHODS, Config, UserError
 from conftest import random_model
-from data import BatchRandom, ImageRandom
+from data.batches import BatchRandom, ImageRandom
+from data.conditions import Labels, Vectors
+from model import MoTDiT
 from pyramid import decompose, down, reconstruct
-from runs import build_model
-from schedule import Schedule, noise_bands
+from run import memory
+from run.load import export, load_run
+from run.paper import resolve
+from schedule import Schedule, stage_rows
 
-SIDE, OTHERS = 8, [method for method in METHODS if method not in ("lapflow", "separate")]
+SIDE, OTHERS = 8, [method for method in SYSTEMS if method not in ("lapflow", "separate")]
 SHAPE = (1, SIDE, SIDE)
 
 
 def config(method: str, num_scales: int = 3, **more) -> Config:
     settings = dict(method=method, num_scales=1 if method == "lfm" else num_scales, size="48,2,3,4", res=16)
     return Config(**{**settings, **more})
+
+
+def network(cfg: Config, channels: int = 1, condition=None, side: int = 16, std: float = 0.08) -> torch.nn.Module:
+    """A network of this configuration with random weights everywhere."""
+    torch.manual_seed(0)
+    model = SYSTEMS[cfg.method].network(cfg, channels, condition, side)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=std)
+    return model
+
+
+def conditions(kind: str, count: int) -> tuple:
+    """A factory of conditions, and `count` of them; numbers 2 and 3 are the null condition."""
+    if kind == "labels":
+        return partial(Labels, list("abcde")), torch.arange(count).remainder(5).index_fill(0, torch.tensor([2, 3]), 5)
+    vectors = torch.randn(count, 3, generator=torch.Generator().manual_seed(2))
+    y = vectors.index_fill(0, torch.tensor([2, 3]), torch.nan)
+    return (lambda hidden_size: Vectors(3, hidden_size, vectors)), y
 
 
 def images(matrix: torch.Tensor, side: int) -> torch.Tensor:
@@ -70,7 +88,7 @@ def state_matrices(schedule, stage: int, t: float):
     """A, B, dA, dB: state = A x + B n, target = dA x + dB n, from the schedule's own interpolate; t of DFM: clock."""
     num_scales, eye = schedule.num_scales, images(torch.eye(SIDE**2, dtype=torch.float64), SIDE)
     if isinstance(schedule, dfm.Decomposable):
-        bands, (times, _) = dfm.decompose(eye, num_scales)[: stage + 1], schedule.times(t, stage)
+        bands, (times, _) = schedule.split(eye)[: stage + 1], schedule.times(t, stage)
         data = torch.cat([matrix(band) for band in bands])
         scale = torch.cat([torch.full((len(matrix(b)), 1), float(at), dtype=torch.float64)
                            for b, at in zip(bands, times, strict=True)])
@@ -78,7 +96,7 @@ def state_matrices(schedule, stage: int, t: float):
         return scale * data, (1 - scale) * one, data, -one
     side = SIDE >> (num_scales - 1 - stage)
     noise = images(torch.eye(side**2, dtype=torch.float64), side)
-    if isinstance(schedule, Schedule):                      # LFM
+    if type(schedule) is Schedule:                          # LFM
         (a,), (da,) = schedule.interpolate([eye], [0 * eye], torch.full((SIDE**2,), t, dtype=torch.float64))
         (b,), (db,) = schedule.interpolate([0 * eye], [eye], torch.full((SIDE**2,), t, dtype=torch.float64))
     elif isinstance(schedule, edify.Edify):
@@ -88,9 +106,7 @@ def state_matrices(schedule, stage: int, t: float):
         at = torch.full((len(noise),), t, dtype=torch.float64)
         b, db = schedule.interpolate([0 * band[: len(noise)] for band in bands], noise, stage, at)
     else:
-        levels = [eye]
-        while len(levels) < num_scales:
-            levels.insert(0, down(levels[0]))
+        levels = pyramidal.levels(eye, num_scales)
         coarser = levels[stage - 1] if stage else None
         at = torch.full((len(eye),), t, dtype=torch.float64)
         a, da = schedule.interpolate(levels[stage], coarser, torch.zeros_like(levels[stage]), stage, at)
@@ -127,7 +143,7 @@ class Oracle:
 @pytest.mark.parametrize("method", OTHERS)
 def test_every_sampler_reproduces_the_data_with_the_best_velocity(method, num_scales):
     cfg = config(method, num_scales)
-    module, total = baselines.load(method), sum((SIDE >> k) ** 2 for k in range(cfg.num_scales))
+    module, total = SYSTEMS[method], sum((SIDE >> k) ** 2 for k in range(cfg.num_scales))
     schedule = module.schedule(cfg)
     flow = matrix(module.sample(Oracle(schedule), Basis(total), None, schedule, SHAPE, sampling.solve, rtol=1e-6,
                                 atol=1e-6))                 # (64, all noise)
@@ -139,7 +155,7 @@ def test_every_sampler_reproduces_the_data_with_the_best_velocity(method, num_sc
 @pytest.mark.parametrize("method", [m for m in OTHERS if m not in ("lfm", "dfm")])
 def test_the_jump_reproduces_the_next_start_exactly(method, num_scales):
     """Mean (the map from the data) and covariance of the noise, in closed form, without any solver."""
-    schedule = baselines.load(method).schedule(config(method, num_scales))
+    schedule = SYSTEMS[method].schedule(config(method, num_scales))
     for stage in range(1, num_scales):
         ends = (1.0, 0.0) if isinstance(schedule, pyramidal.Pyramidal) else (schedule.starts[stage],) * 2
         a, b, _, _ = state_matrices(schedule, stage - 1, ends[0])
@@ -156,7 +172,7 @@ def test_the_jump_reproduces_the_next_start_exactly(method, num_scales):
 
 @pytest.mark.parametrize("method", OTHERS)
 def test_the_target_is_the_finite_difference_of_the_state(method):
-    schedule, step = baselines.load(method).schedule(config(method)), 1e-6
+    schedule, step = SYSTEMS[method].schedule(config(method)), 1e-6
     for stage in range(schedule.num_scales):
         if isinstance(schedule, dfm.Decomposable):          # d state / d clock = rate of its time x target
             start, end = schedule.segments[stage]
@@ -183,15 +199,16 @@ def test_the_target_is_the_finite_difference_of_the_state(method):
 def test_lfm_is_lapflow_with_one_band():
     model = random_model(num_scales=1)
     x1, y, one = torch.randn(6, 2, 16, 16), torch.arange(6) % 5, Schedule((0.0,))
-    mine, _ = lfm.loss(model, x1, y, one, BatchRandom(0, 3, 6))
-    ours, _ = lapflow.loss(model, x1, y, one, BatchRandom(0, 3, 6))
-    assert mine.item() == ours.item() > 0
-    drawn = [draw(model, ImageRandom(0, range(3)), y[:3], one, (2, 16, 16), solve=sampling.solve, solver="heun",
-                  steps=4) for draw in (lfm.sample, sampling.sample)]
-    assert torch.equal(*drawn) and drawn[0].abs().max() > 0.1
+    plain, (pair,) = lfm.loss(model, x1, y, one, BatchRandom(0, 3, 6))
+    total, (same,) = lapflow.loss(model, x1, y, one, BatchRandom(0, 3, 6))
+    assert plain.item() == total.item() > 0 and all(map(torch.equal, pair, same))
+    images = [SYSTEMS[method].sample(model, ImageRandom(0, range(3)), y[:3], one, (2, 16, 16), sampling.solve,
+                                     solver="heun", steps=4) for method in ("lfm", "lapflow")]
+    assert torch.equal(*images) and images[0].abs().max() > 0.1
     cfg = resolve({"method": "lfm"})
-    plain = build_model(dataclasses.replace(cfg, method="lapflow"), 1, 10)
-    assert build_model(cfg, 1, 10).count_parameters() == plain.count_parameters()
+    shapes = [{name: x.shape for name, x in SYSTEMS[method].network(cfg, 1, None, 8).state_dict().items()}
+              for method in ("lfm", "lapflow")]
+    assert shapes[0] == shapes[1]
 
 
 def test_pyramidal_flow_has_the_numbers_of_its_code():
@@ -212,7 +229,7 @@ def test_pyramidal_flow_has_the_numbers_of_its_code():
 def test_zero_overlap_with_unit_noise_could_not_be_repaired():
     """The corrective covariance would have to be (1 - s)^2 (I - ones) in each block: not positive. Pooled noise is."""
     assert torch.linalg.eigvalsh(torch.eye(4) - torch.ones(4, 4)).min() == pytest.approx(-3)
-    schedule = pyramidal.Pyramidal((0.0, 0.5), "pyramidal-zero-overlap")
+    schedule = pyramidal.Pyramidal((0.0, 0.5), form="pyramidal-zero-overlap")
     assert schedule.windows == [(0.0, 0.5), (0.5, 1.0)] and schedule.noise_std(0) == 0.5
 
 
@@ -221,7 +238,8 @@ def test_pooled_noise_scaled_up_is_fresh_noise_in_law():
     pool = matrix(2 * down(images(torch.eye(SIDE**2, dtype=torch.float64), SIDE)))
     assert torch.allclose(pool @ pool.T, torch.eye(16, dtype=torch.float64))
     x1 = torch.randn(4000, 1, 8, 8)
-    losses = [pyramidal.loss(lambda bands, t, y: [0 * bands[0]], x1, None, pyramidal.Pyramidal((0.0, 0.5), form),
+    losses = [pyramidal.loss(lambda bands, t, y: [0 * bands[0]], x1, None,
+                             pyramidal.Pyramidal((0.0, 0.5), stages="stratified", form=form),
                              BatchRandom(0, 0, 4000))[0].item() for form in ("pyramidal", "pixelflow")]
     assert losses[0] == pytest.approx(losses[1], rel=0.01) and losses[0] != losses[1]
 
@@ -242,34 +260,32 @@ def test_lapflow_summed_up_is_the_plain_edify_process_with_the_same_noise(stage)
 
 def test_dfm_takes_the_steps_of_its_paper():
     """tau = 0.7 and 30 + 10 Euler steps: t_0 is 0, 0.0233 .. 0.7, 0.73 .. 1 and t_1 is 0, then 0.1 .. 1."""
-    seen, schedule = [], dfm.Decomposable((0.0, 0.7))
+    times, schedule = [], dfm.Decomposable((0.0, 0.7))
 
     def model(bands, t, y):
-        seen.append(t[0].tolist())
+        times.append(t[0].tolist())
         return [torch.zeros_like(band) for band in bands]
 
     dfm.sample(model, ImageRandom(0, range(2)), None, schedule, SHAPE, sampling.solve, solver="euler", steps=40)
-    assert [len(t) for t in seen] == [1] * 30 + [2] * 10
-    assert [t[0] for t in seen[:30]] == pytest.approx([0.7 * i / 30 for i in range(30)])
-    assert [t[0] for t in seen[30:]] == pytest.approx([0.7 + 0.03 * i for i in range(10)], abs=1e-6)
-    assert [t[1] for t in seen[30:]] == pytest.approx([0.1 * i for i in range(10)], abs=1e-6)
+    assert [len(t) for t in times] == [1] * 30 + [2] * 10
+    assert [t[0] for t in times[:30]] == pytest.approx([0.7 * i / 30 for i in range(30)])
+    assert [t[0] for t in times[30:]] == pytest.approx([0.7 + 0.03 * i for i in range(10)], abs=1e-6)
+    assert [t[1] for t in times[30:]] == pytest.approx([0.1 * i for i in range(10)], abs=1e-6)
 
 
 def test_dfm_bands_that_are_not_active_get_no_gradient_and_are_not_read():
-    model = build_model(config("dfm", 2), 1, 0, 16).train()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    x1, stages = torch.randn(4, 1, 16, 16), []
+    model, schedule = network(config("dfm", 2), std=0.1), dfm.Decomposable(stages="batch")
+    x1, lengths = torch.randn(4, 1, 16, 16), []
     for step in range(30):
         model.zero_grad()
-        total, errors = dfm.loss(model, x1, None, dfm.Decomposable(), BatchRandom(0, step, 4), "batch")
+        total, errors = dfm.loss(model, x1, None, schedule, BatchRandom(0, step, 4))
         total.backward()
-        stages.append(len(errors))
+        lengths.append(len(errors))
         for layer in (model.patch_out[1].linear.weight, model.patch_in[1].weight):
             assert (layer.grad is None) == (len(errors) == 1)
-    assert 20 < stages.count(1) < 30                        # nine in ten
+    assert 20 < lengths.count(1) < 30                       # nine in ten
     coarse = [torch.randn(2, 1, 8, 8)]
-    with torch.no_grad():                                   # a band that is not there is zero at t = 0
+    with torch.no_grad():                                   # a band that is absent is zero at t = 0
         alone = model(coarse, torch.full((2, 1), 0.3))
         both = model([*coarse, torch.zeros(2, 1, 16, 16)], torch.tensor([[0.3, 0.0]]).expand(2, 2))
     assert torch.allclose(alone[0], both[0], atol=1e-6)
@@ -282,7 +298,7 @@ def test_dfm_trains_the_times_of_its_algorithm():
         t[times.shape[1] - 1].append(times)
         return [torch.zeros_like(band) for band in bands]
 
-    dfm.loss(model, torch.zeros(20000, 1, 8, 8), None, dfm.Decomposable(), BatchRandom(0, 0, 20000), "stratified")
+    dfm.loss(model, torch.zeros(20000, 1, 8, 8), None, dfm.Decomposable(stages="stratified"), BatchRandom(0, 0, 20000))
     one, two = (torch.logit(part[0]) for part in t)
     assert len(one) == 18000 and len(two) == 2000
     assert one.mean().item() == pytest.approx(0, abs=0.03) and one.std().item() == pytest.approx(1, abs=0.03)
@@ -291,67 +307,146 @@ def test_dfm_trains_the_times_of_its_algorithm():
 
 
 def test_parameters_and_cost_are_those_of_the_papers():
-    count = {}
-    with torch.device("meta"):
-        for method in ("lfm", "pyramidal", "dfm"):
-            model = build_model(config(method, 2, condition_tokens=False, size="XL/2"), 16, 1000, 64)
-            count[method] = model.count_parameters(), model.flops(model.num_scales - 1)
-    assert count["pyramidal"][0] == count["lfm"][0]         # one set of weights for all resolutions
-    assert (count["dfm"][0] - count["lfm"][0]) / 1e6 == pytest.approx(716.48 - 712.12, rel=0.02)
-    assert count["lfm"][1] / 2e9 == pytest.approx(524.6, rel=1e-3)              # G multiply-adds, 1024 tokens
-    assert count["dfm"][1] / count["lfm"][1] == pytest.approx(524.64 / 524.61, abs=1e-4)
+    parameters, flops = {}, {}
+    for method in ("lfm", "pyramidal", "dfm"):
+        with torch.device("meta"):
+            model = SYSTEMS[method].network(config(method, 2, condition_tokens=False, size="XL/2"), 16,
+                                            partial(Labels, list(map(str, range(1000)))), 64)
+        parameters[method], flops[method] = memory.parameters(model), memory.forward_flops(model)[-1]
+    assert parameters["pyramidal"] == parameters["lfm"]     # one set of weights for all resolutions
+    assert (parameters["dfm"] - parameters["lfm"]) / 1e6 == pytest.approx(716.48 - 712.12, rel=0.02)
+    assert flops["lfm"] / 2e9 == pytest.approx(524.6, rel=1e-3)                 # G multiply-adds, 1024 tokens
+    assert flops["dfm"] / flops["lfm"] == pytest.approx(524.64 / 524.61, abs=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# which rows train which stage
+
+
+@pytest.mark.parametrize("method, batch, counts", [
+    ("lapflow", 12, [4, 4, 4]), ("edify", 10, [4, 3, 3]), ("pyramidal", 11, [4, 4, 3]), ("separate", 3, [1, 1, 1]),
+    ("lfm", 5, [5]), ("dfm", 20, [18, 1, 1]), ("dfm", 200, [180, 10, 10])])
+def test_stratified_stages_divide_the_global_batch(method, batch, counts):
+    schedule = SYSTEMS[method].schedule(config(method, batch=max(batch, 20), stages="stratified"))
+    whole = schedule.stage_of_rows(BatchRandom(0, 7, batch))
+    assert np.bincount(whole).tolist() == counts
+    assert len(schedule.shares) == len(counts) and sum(schedule.shares) == pytest.approx(1)
+    assert schedule.shares == pytest.approx(np.array(counts) / batch, abs=1 / batch)
+    parts = [schedule.stage_of_rows(BatchRandom(0, step, batch, rows))          # the same at every step
+             for step, rows in ((1, slice(0, 2)), (2, slice(2, batch)))]
+    assert np.array_equal(np.concatenate(parts), whole)
+    groups = stage_rows(whole, torch.device("cpu"))
+    assert [(stage, len(rows)) for stage, rows in groups] == list(enumerate(counts))
+    assert torch.cat([rows for _, rows in groups]).sort().values.tolist() == list(range(batch))
+
+
+def test_stratified_stages_of_dfm_are_spread_evenly():
+    stage = dfm.Decomposable(stages="stratified").stage_of_rows(BatchRandom(0, 0, 100))
+    assert np.flatnonzero(stage).tolist() == list(range(9, 100, 10))
+    halves = dfm.Decomposable(stages="stratified", coarse_share=0.5)
+    assert halves.shares == [0.5, 0.5] and halves.stage_of_rows(BatchRandom(0, 0, 6)).tolist() == [0, 1] * 3
+
+
+@pytest.mark.parametrize("method", SYSTEMS)
+def test_one_stage_for_each_batch_is_one_draw_for_all_processes(method):
+    schedule = SYSTEMS[method].schedule(config(method, 2, batch=20, stages="batch"))
+    draws = []
+    for step in range(300):
+        parts = [schedule.stage_of_rows(BatchRandom(0, step, 20, rows)) for rows in (slice(0, 5), slice(5, 20))]
+        assert [len(part) for part in parts] == [5, 15] and len(set(np.concatenate(parts).tolist())) == 1
+        draws.append(parts[0][0])
+    counts = np.bincount(draws, minlength=schedule.num_scales) / 300
+    assert counts == pytest.approx(schedule.shares, abs=0.1) and counts.min() > 0
+
+
+@pytest.mark.parametrize("method", [m for m in SYSTEMS if m != "lfm"])
+def test_the_loss_of_one_stage_is_the_sum_over_its_bands(method):
+    cfg = config(method, 2, size="48,2,3,2", stages="batch")
+    model, schedule, lengths = network(cfg), SYSTEMS[method].schedule(cfg), set()
+    for step in range(40):
+        total, errors = SYSTEMS[method].loss(model, torch.randn(4, 1, 16, 16), None, schedule, BatchRandom(0, step, 4))
+        lengths.add(len(errors))
+        assert total.item() == pytest.approx(sum(e.mean().item() for _, e in errors if len(e)), rel=1e-5)
+    assert lengths == {1, 2}
+
+
+@pytest.mark.parametrize("stages", ["stratified", "batch"])
+@pytest.mark.parametrize("method", SYSTEMS)
+def test_the_loss_of_a_batch_is_the_mean_of_its_micro_batches(method, stages):
+    cfg = config(method, 2, batch=20, size="48,2,3,2", stages=stages)
+    factory, y = conditions("labels", 20)
+    model, schedule, x1 = network(cfg, 2, factory), SYSTEMS[method].schedule(cfg), torch.randn(20, 2, 16, 16)
+    for step in range(4):
+        whole, errors = SYSTEMS[method].loss(model, x1, y, schedule, BatchRandom(0, step, 20))
+        parts = [SYSTEMS[method].loss(model, x1[rows], y[rows], schedule, BatchRandom(0, step, 20, rows))[0].item()
+                 for rows in (slice(0, 5), slice(5, 10), slice(10, 15), slice(15, 20))]
+        assert np.mean(parts) == pytest.approx(whole.item(), rel=1e-5)
+        assert all(((t >= 0) & (t <= 1)).all() and len(t) == len(error) for t, error in errors)
+        assert sum(error.sum().item() for _, error in errors) / 20 == pytest.approx(whole.item(), rel=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the same interface
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "lapflow"])
-def test_network_counts_loss_shares_and_samples(method):
-    cfg = config(method, 2, batch=20, size="48,2,3,2")
-    torch.manual_seed(0)
-    model = build_model(cfg, 2, 5, 16)
-    assert model.count_parameters() == sum(p.numel() for p in model.parameters())
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.08)
-    schedule, loss, draw = sampling.method(cfg)
-    x1, y = torch.randn(20, 2, 16, 16), torch.arange(20) % 5
-    whole, errors = loss(model, x1, y, schedule, BatchRandom(0, 1, 20))
-    parts = [loss(model, x1[rows], y[rows], schedule, BatchRandom(0, 1, 20, rows))
-             for rows in (slice(0, 10), slice(10, 20))]
-    assert sum(total.item() for total, _ in parts) == pytest.approx(whole.item(), rel=1e-5)
-    assert all(((t >= 0) & (t <= 1)).all() and len(t) == len(e) for t, e in errors)
-    whole.backward()
+def test_every_system_has_the_four_names():
+    assert set(SYSTEMS) == set(METHODS)
+    for system in SYSTEMS.values():
+        assert all(callable(getattr(system, name)) for name in ("network", "schedule", "loss", "sample"))
+
+
+@pytest.mark.parametrize("kind", ["labels", "vectors"])
+@pytest.mark.parametrize("method", SYSTEMS)
+def test_every_weight_gets_a_gradient_and_a_step_lowers_the_loss(method, kind):
+    cfg = config(method, 2, batch=20, size="48,2,3,2", stages="stratified")
+    factory, y = conditions(kind, 20)
+    model, schedule, x1 = network(cfg, 2, factory), SYSTEMS[method].schedule(cfg), torch.randn(20, 2, 16, 16)
+    before, _ = SYSTEMS[method].loss(model, x1, y, schedule, BatchRandom(0, 1, 20))
+    before.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert all(p.grad.abs().max() > 0 for p in model.condition.parameters())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter -= 1e-3 * parameter.grad
+        after, _ = SYSTEMS[method].loss(model, x1, y, schedule, BatchRandom(0, 1, 20))
+    assert after < before
+
+
+@pytest.mark.parametrize("kind", ["labels", "vectors"])
+@pytest.mark.parametrize("method", SYSTEMS)
+def test_every_system_samples_with_guidance(method, kind):
+    cfg = config(method, 2, batch=20, size="48,2,3,2")
+    factory, y = conditions(kind, 20)
+    model, schedule, y = network(cfg, 2, factory), SYSTEMS[method].schedule(cfg), y[4:7]
+    draw = partial(SYSTEMS[method].sample, schedule=schedule, shape=(2, 16, 16), solve=sampling.solve, solver="heun",
+                   steps=6)
     guided = sampling.Guided(model, 1.5)
-    heun = dict(solver="heun", steps=6)
-    x = draw(guided, ImageRandom(0, range(3)), y[:3], schedule, (2, 16, 16), **heun)
-    again = draw(sampling.Guided(model, 1.5), ImageRandom(0, [2]), y[2:3], schedule, (2, 16, 16), **heun)
+    x = draw(guided, ImageRandom(0, range(3)), y)
+    again = draw(sampling.Guided(model, 1.5), ImageRandom(0, [2]), y[2:])
     assert x.shape == (3, 2, 16, 16) and x.isfinite().all() and x.std() > 0.05
     assert torch.allclose(x[2], again[0], atol=1e-5)        # an image depends on its seed and number only
     assert sum(guided.calls.values()) == 12 and guided.passes == 24
-    counted = []
-    for stage in range(schedule.num_scales):
-        state = noise_bands(ImageRandom(0, range(1)), (2, 16, 16), schedule.num_scales)
-        several = method in ("separate", "dfm")
-        state = state[: stage + 1] if several else [state[stage]]
-        t = torch.full((1, stage + 1) if method == "dfm" else (1,), 0.7)
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            model(state, t, y[:1])
-        counted.append(counter.get_total_flops())
-    assert [model.flops(stage) for stage in range(schedule.num_scales)] == counted
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("lapflow", "lfm")])
-def test_one_stage_for_each_batch(method):
-    cfg = config(method, 2, size="48,2,3,2", stages="batch")
-    schedule, loss, _ = sampling.method(cfg)
-    model, lengths = build_model(cfg, 1, 0, 16), set()
-    for step in range(40):
-        total, errors = loss(model, torch.randn(4, 1, 16, 16), None, schedule, BatchRandom(0, step, 4))
-        lengths.add(len(errors))
-        assert total.item() == pytest.approx(sum(e.mean().item() for _, e in errors if len(e)), rel=1e-5)
-    assert lengths == {1, 2}
+@pytest.mark.parametrize("method", SYSTEMS)
+def test_stage_inputs_are_what_a_pass_of_a_stage_takes(method):
+    model = network(config(method, 2, size="48,2,3,2"), 2)
+    tokens = []
+
+    def count(block, inputs):
+        tokens.append(sum(x.shape[1] for x in inputs[0]))
+
+    for module in model.modules():                          # `separate` has several networks
+        if isinstance(module, MoTDiT):
+            module.blocks[0].register_forward_pre_hook(count)
+    for stage in range(model.num_scales):
+        bands, t = model.stage_inputs(stage, 3)
+        velocities = model(bands, t)
+        assert tokens[-1] == model.tokens(stage) + model.num_cond
+        assert [v.shape for v in velocities] == [band.shape for band in bands] and len(t) == 3
+        assert bands[-1].shape == (3, 2, *[16 >> (model.num_scales - 1 - stage)] * 2)
+    flops = memory.forward_flops(model.to("meta"))
+    assert len(flops) == model.num_scales and flops == sorted(flops)
 
 
 @pytest.mark.parametrize("settings, words", [
@@ -360,39 +455,37 @@ def test_one_stage_for_each_batch(method):
     (dict(method="lfm", num_scales=2), "LFM has one scale"),
     (dict(method="dfm", batch=8), "at least 10 images"),
     (dict(method="gan"), "unknown method 'gan'; choose one of lapflow, lfm")])
-def test_settings_that_do_not_fit_a_method_are_said(settings, words):
+def test_settings_that_do_not_fit_a_method_are_reported(settings, words):
     with pytest.raises(UserError, match=words):
         Config(**settings)
 
 
 def test_dfm_needs_a_patch_size_it_can_halve():
     with pytest.raises(UserError, match="divisible by 4, not 2"):
-        build_model(config("dfm", 3, size="48,2,3,2"), 1, 0, 16)
+        network(config("dfm", 3, size="48,2,3,2"))
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "lapflow"])
+@pytest.mark.parametrize("method", [m for m in SYSTEMS if m != "lapflow"])
 def test_training_continues_and_its_run_is_loaded_and_exported(method, tmp_path, capsys):
     quick = dict(method=method, num_scales=1 if method == "lfm" else 2, size="32,2,2,2", batch=20, solver="midpoint",
                  solver_steps=4, out=str(tmp_path / "run"), num_samples=5)
-    train.main(Config(**quick, steps=3), device="cpu")
-    train.main(Config(**quick, steps=5), device="cpu")
+    train.train(Config(**quick, steps=3), device="cpu")
+    train.train(Config(**quick, steps=5), device="cpu")
     assert "continuing" in capsys.readouterr().out and (tmp_path / "run/trajectory.png").exists()
-    run = runs.load_run(str(tmp_path / "run"), device="cpu")
-    images, report = sampling.generate(run, 3, np.arange(3), progress=False, solver="euler", steps=8, cfg_scale=1.5)
+    run = load_run(str(tmp_path / "run"), device="cpu")
+    draw = partial(sampling.generate, num=3, y=torch.arange(3), progress=False, solver="euler", steps=8, cfg_scale=1.5)
+    images, report = draw(run)
     assert run.cfg.method == method and images.shape == (3, 8, 8, 1) and report["forwards"] == 16
     assert report["nfe_segments"] == {"lfm": [8], "dfm": [6, 2]}.get(method, report["nfe_segments"])
-    runs.export(run, tmp_path / "shared")
-    again, _ = sampling.generate(runs.load_run(str(tmp_path / "shared"), device="cpu"), 3, np.arange(3),
-                                 progress=False, solver="euler", steps=8, cfg_scale=1.5)
-    assert np.array_equal(images, again)
+    export(run, tmp_path / "shared")
+    assert np.array_equal(images, draw(load_run(str(tmp_path / "shared"), device="cpu"))[0])
 
 
 @pytest.mark.slow
-def test_the_scripts_work_unchanged(run_script, give_up, tmp_path):
+def test_the_scripts_work_unchanged(run_script, tmp_path):
     quick = ["--method", "dfm", "--size", "32,2,2,2", "--batch", "20", "--solver", "midpoint", "--solver-steps", "4"]
     assert "frechet_pixel" in run_script("train.py", *quick, "--steps", "6", "--num-samples", "20").stdout
     assert (tmp_path / "out/digits-dfm/trajectory.png").exists()
     assert "network passes" in run_script("sample.py", "--num", "6", "--cfg", "1.5", "--compile").stdout
     run_script("fid.py", "--num", "10", "--record", "scores.jsonl")
     assert json.loads((tmp_path / "scores.jsonl").read_text())["config"]["method"] == "dfm"
-    assert "need the bands of LapFlow" in give_up("sample.py", "--preview")

@@ -1,10 +1,11 @@
-"""The scripts as a user runs them: help, errors in one sentence, outputs, and every command of the README."""
+"""The programs as a user runs them: help, errors in one sentence, outputs, and every command of the README."""
 
 import json
 import re
+import runpy
 import shlex
-import subprocess
 import sys
+import warnings
 from itertools import product
 
 import numpy as np
@@ -16,27 +17,65 @@ from conftest import ROOT
 QUICK = ["--size", "32,2,2,2", "--steps", "6", "--batch", "16", "--solver", "midpoint", "--solver-steps", "4"]
 
 
-@pytest.mark.parametrize("script", ["train.py", "sample.py", "fid.py", "latents.py", "bench.py", "compare.py"])
-def test_help_is_worth_reading_and_does_not_wait_for_torch(run_script, tmp_path, script):
-    out = run_script(script, "--help").stdout
-    assert "python " + script in out and len(out.splitlines()) > 20
-    (tmp_path / "loaded.py").write_text(
-        "import atexit, runpy, sys\n"
-        "atexit.register(lambda: print('TORCH' if 'torch' in sys.modules else 'NONE'))\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\nsys.argv = [{script!r}, '--help']\n"
-        f"runpy.run_path({str(ROOT / script)!r}, run_name='__main__')\n")
-    assert run_script(tmp_path / "loaded.py").stdout.endswith("NONE\n")
+def programs() -> list[str]:
+    """train.py at the root, data.latents in a folder: every file that ends by running its main."""
+    names = []
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if parts[0] not in ("tests", "docs", "build", "venv") and not any(part.startswith(".") for part in parts):
+            if "\n    config.run(main)" in path.read_text():
+                names.append(f"{parts[0]}.py" if len(parts) == 1 else ".".join(parts))
+    return names
 
 
-def test_torchrun_takes_no_flag_of_ours_for_its_own():
+@pytest.fixture
+def program(tmp_path, monkeypatch, capsys):
+    """program("sample.py", "-n", "12"): what it prints. It runs in this process, where torch is loaded already."""
+    def start(name, *arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        capsys.readouterr()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)                     # the module is imported already
+            if name.endswith(".py"):
+                runpy.run_path(str(ROOT / name), run_name="__main__")
+            else:
+                runpy.run_module(name, run_name="__main__")
+        return capsys.readouterr().out
+
+    return start
+
+
+def help_of(program, capsys, name: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        program(name, "--help")
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_the_programs_are_there():
+    assert {"train.py", "sample.py", "fid.py", "data.latents", "scores.reference", "extras.causal", "extras.split",
+            "studies.bench", "studies.compare", "studies.plan", "studies.tables"} <= set(programs())
+
+
+@pytest.mark.parametrize("name", programs())
+def test_help_is_worth_reading(program, capsys, name):
+    text = help_of(program, capsys, name)
+    usage = text.split("\n\n")[0]
+    assert ("python " + ("" if name.endswith(".py") else "-m ") + name) in usage and len(text.splitlines()) >= 8, usage
+    if name in ("train.py", "sample.py", "fid.py", "data.latents"):
+        assert len(text.splitlines()) > 20
+
+
+def test_torchrun_takes_no_flag_of_ours_for_its_own(program, capsys):
     """It completes shortened options, also behind the script's name: --num is its --numa-binding."""
     from torch.distributed.run import get_args_parser
 
     flags = set()
-    for script in ("train.py", "sample.py", "fid.py", "latents.py", "bench.py", "compare.py"):
-        text = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True).stdout
+    for name in ("train.py", "sample.py", "fid.py", "data.latents", "scores.reference"):
+        text = help_of(program, capsys, name)
         flags |= set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", text.split("options:")[1]))
-    assert {"--dataset", "-n", "--preview", "--logger"} <= flags and len(flags) > 80
+    assert {"--dataset", "-n", "--export", "--logger", "--vectors"} <= flags and len(flags) > 80
     for flag in flags - {"--num"}:                          # which has -n
         parsed = get_args_parser().parse_args(["--standalone", "script.py", flag, "1"])
         assert parsed.training_script_args == [flag, "1"], flag
@@ -50,12 +89,21 @@ def test_torchrun_takes_no_flag_of_ours_for_its_own():
     ("train.py --starts 0,1.5", "starts must increase from 0 to below 1"),
     ("train.py --starts 0.5,0", "starts must increase"),
     ("train.py --starts 0,x", "--starts: invalid numbers value: '0,x'"),
-    ("train.py --path sine", "unknown path 'sine'"),
+    ("train.py --path zigzag", "unknown path 'zigzag'"),
+    ("train.py --noise pink", "unknown noise 'pink'"),
+    ("train.py --stages all", "unknown stages 'all'"),
+    ("train.py --pyramid egyptian", "unknown pyramid 'egyptian'"),
+    ("train.py --condition smell", "unknown condition 'smell'"),
+    ("train.py --condition vectors", "has labels and no vectors"),
+    ("train.py --method magic", "unknown method 'magic'"),
+    ("train.py --preset magic", "unknown preset 'magic'"),
     ("train.py --mask all", "unknown mask 'all'"),
-    ("train.py --size M/2", "unknown model size 'M/2'"),
+    ("train.py --experts all", "unknown experts 'all'"),
+    ("train.py --size Q/2", "unknown model size 'Q/2'"),
     ("train.py --batch ten", "--batch"),
     ("train.py --batch 1", "need a batch of at least 2"),
     ("train.py --data pictures", "add --dataset folder"),
+    ("train.py --stop-after later", "takes a time like 90s"),
     ("train.py --device meta", "the device 'meta' cannot be used"),
     ("train.py --device tpu9", "the device 'tpu9' cannot be used"),
     ("train.py --solver-steps 10", "dopri5 chooses its own steps"),
@@ -63,16 +111,17 @@ def test_torchrun_takes_no_flag_of_ours_for_its_own():
     ("sample.py nowhere", "no run directory 'nowhere'"),
     ("sample.py", "no trained run"),
     ("fid.py", "no trained run"),
+    ("extras.causal preview", "no trained run"),
     ("sample.py --solver magic", "invalid choice: 'magic'"),
 ])
 def test_bad_input_gets_a_sentence(give_up, tmp_path, command, words):
-    said = give_up(*shlex.split(command))
-    assert words in said and len(said.splitlines()) <= 2                        # at most a usage line before it
+    text = give_up(*shlex.split(command))
+    assert words in text and len(text.splitlines()) <= 2                        # at most a usage line before it
     assert not list(tmp_path.iterdir())
 
 
-def test_train_sample_score(run_script, give_up, tmp_path):
-    out = run_script("train.py", *QUICK).stdout
+def test_train_sample_score(run_script, program, give_up, tmp_path):
+    out = run_script("train.py", *QUICK, "--num-samples", "40").stdout
     run = tmp_path / "out" / "digits"
     assert {p.name for p in run.iterdir()} == {"config.json", "metrics.jsonl", "samples.png", "trajectory.png",
                                                "loss.png", "scores.json", "step-00000006.pt"}
@@ -81,8 +130,8 @@ def test_train_sample_score(run_script, give_up, tmp_path):
         picture = np.asarray(Image.open(run / name).convert("L"))
         assert min(picture.shape) > 200 and picture.std() > 5                   # large enough to see, and not empty
 
-    out = run_script("sample.py", "--num", "12", "--seed", "3", "--out", "images", "--labels", "7", "--cfg", "1.5",
-                     "--solver", "rk4", "--steps", "4").stdout
+    out = program("sample.py", "--num", "12", "--seed", "3", "--out", "images", "--labels", "7", "--cfg", "1.5",
+                  "--solver", "rk4", "--steps", "4")
     assert "8 + 8 = 16" in out and "s per image" in out and "guidance   1.5" in out and "32 network passes" in out
     with np.load(tmp_path / "images" / "samples.npz") as saved:
         assert saved["images"].shape == (12, 8, 8, 1) and saved["images"].dtype == np.uint8
@@ -91,6 +140,7 @@ def test_train_sample_score(run_script, give_up, tmp_path):
 
     (tmp_path / "broken.npz").write_bytes(b"PK hello")
     for command, words in (("sample.py --labels 10", "no label '10'"), ("sample.py --num 0", "--num"),
+                           ("sample.py --vectors x.npy", "trained on labels"),
                            ("sample.py --solver dopri5 --steps 9", "leave out --steps"),
                            ("sample.py --solver heun --steps 0", "add --steps"),
                            ("sample.py --solver heun --steps 9 --rtol 1e-3", "no tolerance"),
@@ -99,27 +149,23 @@ def test_train_sample_score(run_script, give_up, tmp_path):
                            ("sample.py --out out/digits/config.json", "cannot be written"),
                            ("fid.py --record .", "cannot be appended"),
                            ("fid.py --num 3", "at least 5"),
-                           ("fid.py broken.npz", "is no samples.npz"),
+                           ("fid.py broken.npz", "is not a samples.npz"),
                            ("fid.py nowhere", "no run directory"),
                            ("sample.py --cfg-interval 0.5", "two increasing times")):
-        assert words in give_up(*shlex.split(command))
+        text = give_up(*shlex.split(command))
+        assert words in text and len(text.strip().split("\n")) <= 2, text       # perhaps a progress bar before it
 
-    out = run_script("fid.py", "--num", "20", "--solver", "euler", "--steps", "4", "--record", "scores.jsonl").stdout
+    out = program("fid.py", "--num", "20", "--solver", "euler", "--steps", "4", "--record", "scores.jsonl")
     assert "20 generated images against 1797" in out and "ema at step 6" in out and "recall" in out
     line = json.loads((tmp_path / "scores.jsonl").read_text())
     assert line["n"] == 20 and line["nfe"] == 4 and "--record" in line["command"] and line["real"]["n"] == 20
-    out = run_script("fid.py", "images/samples.npz").stdout
+    out = program("fid.py", "images/samples.npz")
     assert "12 generated images against 179" in out                             # the sevens only
 
 
-@pytest.mark.parametrize("script, words", [("model.py", "input of band 2 changed:  band 0 0.0e+00  band 1 0.0e+00"),
-                                           ("schedule.py", "picture: schedule.png")])
-def test_demonstrations(run_script, script, words):
-    assert words in run_script(script).stdout
-
-
-def test_the_readme_shows_what_the_results_say(run_script):
-    run_script("results/tables.py", "--check")
+@pytest.mark.slow                                           # counts the FLOPs of every row of the paper
+def test_the_readme_shows_what_the_results_say(program):
+    program("studies.tables", "--check")
 
 
 def commands_of_the_readme() -> list[str]:
@@ -130,8 +176,8 @@ def commands_of_the_readme() -> list[str]:
 
 @pytest.mark.slow
 def test_every_command_of_the_readme_runs(run_script, tmp_path):
-    """In their order, in one directory; training is shortened, and the folder they speak of is made here."""
-    for i, folder in product(range(4), ("my-images", "others")):                # too few to score: that is said
+    """In their order, in one directory; training is shortened, and the folder that they name is made here."""
+    for i, folder in product(range(4), ("my-images", "others")):                # too few to score: that is reported
         (tmp_path / folder / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
         noise = np.random.default_rng(i).integers(0, 256, (80, 70, 3)).astype(np.uint8)
         Image.fromarray(noise).save(tmp_path / folder / "ab"[i % 2] / f"{i}.png")
@@ -139,11 +185,13 @@ def test_every_command_of_the_readme_runs(run_script, tmp_path):
     commands = commands_of_the_readme()
     assert {"python train.py", "python sample.py", "python fid.py"} <= set(commands)
     for command in commands:
-        script, *arguments = shlex.split(command)[1:]
-        if script == "train.py":
+        name, *arguments = [word for word in shlex.split(command)[1:] if word != "-m"]
+        if name == "mini.py":                               # it has a test of its own
+            continue
+        if name == "train.py":
             arguments += QUICK
-        if script == "compare.py":
+        if name == "studies.compare":
             arguments += ["--seeds", "1", "--steps", "1", "--size", "32,2,2,2", "--jobs", "2"]
-        if script == "bench.py":
+        if name == "studies.bench":
             arguments += ["--sides", "16", "--rounds", "1"]
-        run_script(script, *arguments)
+        run_script(name, *arguments)

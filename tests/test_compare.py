@@ -1,45 +1,61 @@
-"""compare.py: equal training FLOPs, commands that repeat a run, tables from lines, and nothing is run twice."""
+"""studies.compare: equal training FLOPs, commands that repeat a run, tables from lines, and nothing is run twice."""
 
 import argparse
 import json
 import shlex
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
-import compare
 import config
-from config import PRESETS, Config
+from config import Config, UserError
+from data import fashion
+from run import checkpoint, memory, paper
+from run.paper import PRESETS
+from studies import compare, tables
 
 
-def arguments(**given):
+def arguments(tmp_path, **given):
     return SimpleNamespace(**{**dict(dataset="digits", ablation=None, seeds=2, steps=None, size=None, jobs=1,
-                                     device=None), **given})
+                                     device=None, out=str(tmp_path)), **given})
 
 
-@pytest.mark.parametrize("given", [dict(), dict(dataset="photos", steps=300), *(
-    dict(ablation=name, steps=500) for name in config.ABLATIONS)], ids=str)
+@pytest.fixture(autouse=True)
+def few_clothes(monkeypatch):
+    """Fashion-MNIST without its files."""
+    random = np.random.default_rng(0)
+    monkeypatch.setattr(fashion, "read", lambda where, split="train": (
+        random.integers(0, 256, (300, 1, 32, 32), np.uint8), np.arange(300) % 10, "few"))
+
+
+@pytest.mark.parametrize("given", [dict(), dict(dataset="photos", steps=300), dict(dataset="fashion"), *(
+    dict(ablation=name, steps=500) for name in compare.ABLATIONS)], ids=str)
 def test_equal_flops_and_commands_that_make_the_same_run(given, tmp_path):
-    args = arguments(**given)
-    planned, facts = compare.plan_runs(args, tmp_path), compare.data_facts(args.dataset)
+    args = arguments(tmp_path, **given)
+    planned = compare.plan_runs(args)
     names = list(compare.variants(args))
     assert len(planned) == 2 * len(names) and planned[0][0] == names[0]
     assert len({cfg.out for _, cfg in planned}) == len(planned)
-    budget = planned[0][1].steps * compare.step_flops(planned[0][1], facts)
+    first, budget = planned[0][1], planned[0][1].steps * compare.step_flops(planned[0][1], args.dataset)
     parser = argparse.ArgumentParser()
     config.add_config_flags(parser)
     for _, cfg in planned:
-        each = compare.step_flops(cfg, facts)
-        assert abs(cfg.steps * each - budget) <= each
-        assert (cfg.rtol, cfg.atol, cfg.solver, cfg.batch) == (planned[0][1].rtol, planned[0][1].atol, "dopri5",
-                                                               planned[0][1].batch)
-        assert config.resolve(vars(parser.parse_args(compare.command_of(cfg, None)))) == cfg
+        flops = compare.step_flops(cfg, args.dataset)
+        assert abs(cfg.steps * flops - budget) <= flops
+        assert (cfg.rtol, cfg.atol, cfg.solver, cfg.batch) == (first.rtol, first.atol, "dopri5", first.batch)
+        assert paper.resolve(vars(parser.parse_args(compare.command_of(cfg, None)))) == cfg
 
 
-def test_all_five_systems_and_all_ablations_are_there():
+def test_flops_are_those_torch_counts(tmp_path):
+    for _, cfg in compare.plan_runs(arguments(tmp_path, seeds=1))[::3]:
+        assert compare.step_flops(cfg, "digits") == pytest.approx(memory.step_flops(cfg, compare.data_facts("digits")))
+
+
+def test_all_systems_are_there():
     assert {settings.get("method") for settings in compare.SYSTEMS.values()} == {None, *(
         method for method in config.METHODS if method not in ("lapflow", "separate"))}
-    assert tuple(compare.ABLATIONS) == config.ABLATIONS
 
 
 def test_the_papers_numbers_are_those_of_the_presets():
@@ -58,6 +74,10 @@ def test_the_papers_numbers_are_those_of_the_presets():
         assert next(iter(rows.values()))[1] in (3.53, None)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# lines and tables
+
+
 def line(seed, distance, **more):
     cfg = Config(seed=seed, out="out/x")
     return {"what": "run", "settings": {}, "config": cfg.to_dict(), "frechet_pixel": distance, "precision": 0.5,
@@ -73,48 +93,107 @@ def test_tables_have_mean_and_spread_over_seeds():
     assert "| A | 0.200 ± 0.141 |" in text and "| B | 0.200 ± 0.000 |" in text and "| 3.53 |" in text
     assert "| 0.0123 |" in text and "| *real images* | 0.070 |" in text and "2 seeds" in text and "| C" not in text
     assert "paper" not in compare.table({"A": [line(0, 0.1)]}, {"A": None}, {})
+    judged = compare.table({"A": [line(0, 0.1, frechet=0.8, swd_16=3.14)]}, {}, {})
+    assert "| FD | FD, classifier |" in judged and "| A | 0.100 | 0.800 |" in judged and "| SWD 16 |" in judged
+    with pytest.raises(UserError, match="cannot share a table"):
+        compare.table({"A": [line(0, 0.1), line(1, 0.1, training_flops=2e12)]}, {}, {})
 
 
-def test_lines_are_found_again_by_their_settings():
+def test_lines_are_recognised_by_their_settings():
     lines = [line(1, 0.3), line(0, 0.1), line(0, 0.2, settings={"starts": [0.0, 0.2]}),
              {**line(0, 0.0), "what": "time", "seconds_per_image": 0.5}]
-    found, times = compare.gathered(lines, {"base": {}, "late": {"starts": (0.0, 0.2)}, "none": {"mask": "none"}})
-    assert [row["frechet_pixel"] for row in found["base"]] == [0.1, 0.3] and not found["none"]
-    assert [row["frechet_pixel"] for row in found["late"]] == [0.2] and times == {"base": 0.5}
+    runs, times = compare.gathered(lines, {"base": {}, "late": {"starts": (0.0, 0.2)}, "none": {"mask": "none"}})
+    assert [row["frechet_pixel"] for row in runs["base"]] == [0.1, 0.3] and not runs["none"]
+    assert [row["frechet_pixel"] for row in runs["late"]] == [0.2] and times == {"base": 0.5}
     cfg = Config(seed=1, out="elsewhere", eval_every=7)
     assert compare.finished(lines, cfg, "run") is lines[0]
     assert compare.finished(lines, Config(seed=1, out="out/x", lr=1e-3), "run") is None
 
 
+def test_the_recorded_comparison_is_not_run_again(tmp_path):
+    """Its lines are older than some settings: those have their defaults. Its steps are of equal FLOPs still."""
+    lines = checkpoint.read_lines([tables.ROOT / "results" / "compare.jsonl"])
+    assert not {"pyramid", "condition"} & set(lines[0]["config"])
+    planned = compare.plan_runs(arguments(tmp_path, seeds=3))
+    assert len(planned) == 24 and all(compare.finished(lines, cfg, "run") for _, cfg in planned)
+
+
 def test_the_verdict_on_a_ranking_knows_noise():
-    paper = {"A": 3.5, "B": 4.0, "C": 5.0}
+    fid = {"A": 3.5, "B": 4.0, "C": 5.0}
     runs = {name: [line(seed, value + 0.001 * seed) for seed in (0, 1, 2)] for name, value in (
         ("A", 0.10), ("B", 0.2), ("C", 0.1))}
-    assert compare.verdict(runs, paper) == "of 3 pairs 1 hold, 1 within noise, 1 reversed"
+    assert compare.verdict(runs, fid) == "of 3 pairs 1 hold, 1 within noise, 1 reversed"
     assert compare.verdict(runs, {"A": 3.5, "B": None, "C": None}) == ""
 
 
+def test_a_table_stands_on_one_page(monkeypatch):
+    monkeypatch.setattr(tables, "TABLES", {"a": lambda: "| new |", "b": lambda: "B\\1"})
+    page = "x\n<!-- {0} -->\nold\n<!-- /{0} -->\ny"
+    assert tables.render({"one": page.format("a"), "two": page.format("b"), "three": ""}) == {
+        "one": "x\n<!-- a -->\n| new |\n<!-- /a -->\ny", "two": "x\n<!-- b -->\nB\\1\n<!-- /b -->\ny", "three": ""}
+    for pages, words in (({"one": page.format("a")}, "<!-- b --> .* one; they stand on none"),
+                         ({"one": page.format("a"), "two": page.format("a")}, "they stand on one, two")):
+        with pytest.raises(UserError, match=words):
+            tables.render(pages)
+
+
+def test_what_the_tables_add_to_the_lines(monkeypatch):
+    text = tables.systems("compare")
+    assert "| LapFlow | 0.101 ± 0.005 |" in text and "The row of DFM ranks a setting, not the method" in text
+    assert tables.systems("nothing") == "not measured yet"
+    assert "| digits | 21% | 19% | 11% | 0.76% | 5e-05% |" in tables.mask_cost()
+    assert "| dopri5 0.001, float32 | 52 |" in tables.study() and "all 42 are in" in tables.study()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# whole comparisons
+
+
+def test_errors(give_up):
+    assert "at least 1" in give_up("studies.compare", "--seeds", "0")
+    for dataset in ("photos", "fashion"):
+        assert "two scales of the digits" in give_up("studies.compare", "--dataset", dataset, "--ablation", "space")
+
+
 @pytest.mark.slow
-def test_a_comparison_continues_and_writes_its_table(run_script, give_up, tmp_path):
-    command = shlex.split("compare.py --ablation noise --steps 3 --seeds 1 --size 32,2,2,2 --jobs 2 --record r.jsonl")
+def test_a_comparison_continues_and_writes_its_table(run_script, tmp_path):
+    command = shlex.split("studies.compare --ablation noise --steps 3 --seeds 1 --size 32,2,2,2 --jobs 2 "
+                          "--record r.jsonl")
     out = run_script(*command).stdout
     assert "2 runs, 0 of them done" in out and "| independent |" in out
     lines = [json.loads(row) for row in (tmp_path / "r.jsonl").read_text().splitlines() if row]
     assert sorted(row["config"]["noise"] for row in lines) == ["independent", "pyramid"]
-    kept = [row for row in lines if row["config"]["noise"] == "pyramid"]
-    assert kept[0]["sampling_flops"] > 1e6
-    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, kept)) + "\n")    # as if stopped after the first
+    first = [row for row in lines if row["config"]["noise"] == "pyramid"]
+    assert first[0]["sampling_flops"] > 1e6
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, first)) + "\n")    # as if stopped after the first
     out = run_script(*command).stdout
     assert "2 runs, 1 of them done" in out
     again = [json.loads(row) for row in (tmp_path / "r.jsonl").read_text().splitlines() if row]
     assert [row["config"]["noise"] for row in again] == ["pyramid", "independent"]
     assert (tmp_path / "out/compare/noise.png").exists() and (tmp_path / "out/compare/noise.md").exists()
-    assert "at least 1" in give_up("compare.py", "--seeds", "0")
-    assert "two scales of the digits" in give_up("compare.py", "--dataset", "photos", "--ablation", "space")
 
 
 @pytest.mark.slow
 def test_latents_of_the_small_autoencoder(run_script, tmp_path):
-    run_script("docs/tiny_vae.py", "--out", "out/compare", "--steps", "3")
-    out = run_script("compare.py", "--ablation", "space", "--steps", "3", "--seeds", "1", "--size", "32,2,2,2").stdout
+    run_script("docs.tiny_vae", "--out", "out/compare", "--steps", "3")
+    out = run_script("studies.compare", "--ablation", "space", "--steps", "3", "--seeds", "1", "--size",
+                     "32,2,2,2").stdout
     assert "| latents |" in out and "| pixels, LFM |" in out and "11.58" in out
+
+
+def test_fashion_is_judged_by_its_classifier(tmp_path, monkeypatch):
+    """And the scores of pixels stay."""
+    import train
+    from scores import classifier
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(classifier.SETTINGS, "most", 2)
+    monkeypatch.setitem(classifier.SETTINGS, "least", 2)
+    cfg = Config(dataset="fashion", res=32, size="32,1,2,4", steps=2, batch=16, num_samples=140, out="run",
+                 solver="euler", solver_steps=2)
+    train.train(cfg, device="cpu")
+    scores = json.loads((tmp_path / "run/scores.json").read_text())
+    both = compare.judged(cfg, "cpu", scores)
+    assert both["frechet_pixel"] == scores["frechet_pixel"] and both["frechet"] > 0 and "extractor" in both
+    assert both["real"]["frechet_pixel"] == scores["real"]["frechet_pixel"] and both["real"]["frechet"] > 0
+    assert torch.load(next((tmp_path / "judges").glob("*.pt")), weights_only=True)

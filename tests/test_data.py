@@ -1,12 +1,18 @@
+"""Images and their conditions, batches, random numbers, Fashion-MNIST, held-out splits, vectors."""
+
+import gzip
+import io
+import itertools
+import struct
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import data
-import sources
 from config import Config, UserError
-from data import BatchRandom, ImageRandom, order
+from data import batches, fashion, sources
+from data.batches import BatchRandom, ImageRandom, order
 
 
 def config(**settings):
@@ -25,31 +31,31 @@ def read(dataset, index, u):
 
 
 def test_digits_are_the_bundled_ones():
-    digits = data.load(Config())
+    digits = batches.load(Config())
     assert digits.pixels.shape == (1797, 1, 8, 8) and digits.pixels.max() == 255 and len(digits.classes) == 10
     x, y = read(digits, [0, 5], np.zeros((2, 3)))
     assert x.shape == (2, 1, 8, 8) and x.min() == -1 and x.max() == 1 and y.tolist() == [0, 5]
-    assert np.array_equal(data.to_uint8(x).numpy(), digits.pixels[[0, 5]])      # never mirrored, and exact
+    assert np.array_equal(batches.to_uint8(x).numpy(), digits.pixels[[0, 5]])      # never mirrored, and exact
 
 
 def test_photos_are_random_mirrored_crops_with_the_photo_as_class():
-    photos = data.load(config(dataset="photos"))
+    photos = batches.load(config(dataset="photos"))
     u = [[0.9, 0.0, 0.0], [0.1, 0.0, 0.0], [0.9, 0.999, 0.999]]
     x, y = read(photos, [0, 0, 1], u)
     assert x.shape == (3, 3, 16, 16) and y.tolist() == [0, 0, 1]
     assert torch.equal(x[1], x[0].flip(-1))
     corner = torch.from_numpy(photos.photos[0][:, :16, :16].copy()).float() / 127.5 - 1
     assert torch.equal(x[0], corner)
-    assert torch.equal(data.to_uint8(x[2]), torch.from_numpy(photos.photos[1][:, -16:, -16:].copy()))
+    assert torch.equal(batches.to_uint8(x[2]), torch.from_numpy(photos.photos[1][:, -16:, -16:].copy()))
     with pytest.raises(UserError, match="427"):
-        data.load(config(dataset="photos", res=512))
+        batches.load(config(dataset="photos", res=512))
 
 
 def test_a_flat_folder_is_unconditional(tmp_path):
     for name in ("b10.png", "b9.jpg", "a.PNG"):
         save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("not an image")
-    images = data.load(config(data=str(tmp_path)))
+    images = batches.load(config(data=str(tmp_path)))
     assert len(images) == 3 and images.classes == []
     assert read(images, np.arange(3), np.ones((3, 3)))[1] is None
     assert sources.open_source("folder", str(tmp_path)).names == ["a.PNG", "b9.jpg", "b10.png"]
@@ -59,7 +65,7 @@ def test_subfolders_are_classes_in_natural_order(tmp_path):
     for name, colour in (("10", (0, 0, 255)), ("9", (0, 255, 0)), ("1/deeper", (255, 0, 0))):
         save(tmp_path / name / "x.png", colour=colour)
     (tmp_path / "empty").mkdir()
-    images = data.load(config(data=str(tmp_path)))
+    images = batches.load(config(data=str(tmp_path)))
     assert images.classes == ["1", "9", "10"] and images.labels.tolist() == [0, 1, 2]
     x, y = read(images, np.arange(3), np.ones((3, 3)))
     assert x[:, :, 0, 0].argmax(dim=1).tolist() == [0, 1, 2] and y.tolist() == [0, 1, 2]
@@ -69,10 +75,10 @@ def test_images_are_mirrored_half_of_the_time(tmp_path):
     picture = np.zeros((16, 16, 3), np.uint8)
     picture[:, :8] = 255
     Image.fromarray(picture).save(tmp_path / "x.png")
-    images = data.load(config(data=str(tmp_path)))
+    images = batches.load(config(data=str(tmp_path)))
     x, _ = read(images, [0, 0], [[0.4, 0, 0], [0.6, 0, 0]])
     assert torch.equal(x[0], x[1].flip(-1)) and x[1, 0, 0, 0] == 1
-    fixed = read(data.load(config(data=str(tmp_path), flip=False)), [0], np.zeros((1, 3)))[0]
+    fixed = read(batches.load(config(data=str(tmp_path), flip=False)), [0], np.zeros((1, 3)))[0]
     assert fixed[0, 0, 0, 0] == 1
 
 
@@ -112,24 +118,24 @@ def test_kinds_of_images(tmp_path):
 
 def test_bad_folders_and_files_are_named(tmp_path):
     with pytest.raises(UserError, match="no image folder.*missing.*--data"):
-        data.load(config(data=str(tmp_path / "missing")))
+        batches.load(config(data=str(tmp_path / "missing")))
     with pytest.raises(UserError, match="needs its images: add --data"):
-        data.load(config())
+        batches.load(config())
     with pytest.raises(UserError, match="no images in"):
-        data.load(config(data=str(tmp_path)))
+        batches.load(config(data=str(tmp_path)))
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
     with pytest.raises(UserError, match=r"broken\.png"):
-        data.load(config(data=str(tmp_path)))
+        batches.load(config(data=str(tmp_path)))
     (tmp_path / "broken.png").unlink()
     noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3)).astype(np.uint8)
     Image.fromarray(noise).save(tmp_path / "whole.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:20000])
     with pytest.raises(UserError, match=r"cut\.jpg"):
-        data.load(config(data=str(tmp_path)))
+        batches.load(config(data=str(tmp_path)))
     (tmp_path / "cut.jpg").unlink()
     save(tmp_path / "class" / "x.png")
     with pytest.raises(UserError, match=r"both class folders and images.*whole\.jpg"):
-        data.load(config(data=str(tmp_path)))
+        batches.load(config(data=str(tmp_path)))
 
 
 def test_class_names_of_any_script_are_sorted(tmp_path):
@@ -142,9 +148,9 @@ def test_unknown_dataset_and_wrong_resolution():
     with pytest.raises(UserError, match="unknown dataset 'cats'"):
         Config(dataset="cats")
     with pytest.raises(UserError, match="add --dataset folder"):
-        data.load(Config(data="pictures"))
+        batches.load(Config(data="pictures"))
     with pytest.raises(UserError, match="8 x 8"):
-        data.load(Config(res=16))
+        batches.load(Config(res=16))
 
 
 def test_order_is_shuffled_epochs():
@@ -175,6 +181,263 @@ def test_image_random_is_standard_normal():
 
 def test_uint8_rounds_and_clamps():
     x = torch.tensor([-1.5, -1.0, 0.0, 1.0, 1.5])
-    assert data.to_uint8(x).tolist() == [0, 0, 128, 255, 255]
+    assert batches.to_uint8(x).tolist() == [0, 0, 128, 255, 255]
     levels = torch.arange(256)
-    assert torch.equal(data.to_uint8(levels / 127.5 - 1).long(), levels)
+    assert torch.equal(batches.to_uint8(levels / 127.5 - 1).long(), levels)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the batches of training
+
+
+def take(cfg, dataset, steps, parts, condition=None):
+    """[[(x1, y, a number drawn after them) for each part] for each step]."""
+    stream = batches.micro_batches(dataset, cfg, 0, parts, "cpu", condition)
+    result = [[(x1, y, rng.rand()) for x1, y, rng in step] for step in itertools.islice(stream, steps)]
+    stream.close()
+    return result
+
+
+def test_micro_batches_draw_as_one_process_would():
+    """The numbers of every step in the order in which training always drew them: mirroring, data, label drop, loss."""
+    cfg, digits = Config(batch=12, seed=3, label_drop=0.5), batches.digits()
+    condition = batches.condition_of(batches.facts(digits), digits.examples())(16)
+    (whole,), = take(cfg, digits, 1, [slice(0, 12)], condition)
+    index = order(1797, 3, 0, 12)
+    rng = BatchRandom(3, 0, 12)
+    assert torch.equal(whole[0], digits.x1(torch.from_numpy(digits.pixels[index])))
+    assert torch.equal(whole[1], torch.where(rng.rand() < 0.5, 10, torch.from_numpy(digits.labels[index])))
+    assert torch.equal(whole[2], rng.rand()) and 2 < (whole[1] == 10).sum() < 10
+    steps = take(cfg, digits, 3, [slice(0, 4), slice(4, 8), slice(8, 12)], condition)
+    assert len(steps) == 3 and all(torch.equal(torch.cat(parts), all_rows) for parts, all_rows in
+                                   zip(zip(*steps[0], strict=True), whole, strict=True))
+    assert not torch.equal(steps[0][0][0], steps[1][0][0])
+    later = batches.micro_batches(digits, cfg, 2, [slice(4, 8)], "cpu", condition)      # a run resumed at step 2
+    assert torch.equal(next(next(later))[0], steps[2][1][0])
+
+
+def test_an_unconditional_set_draws_no_label_drop(tmp_path):
+    save(tmp_path / "x.png")
+    cfg = config(batch=4, data=str(tmp_path))
+    dataset = batches.load(cfg)
+    assert batches.condition_of(batches.facts(dataset)) is None
+    (whole,), = take(cfg, dataset, 1, [slice(0, 4)])
+    assert whole[1] is None and torch.equal(whole[2], BatchRandom(cfg.seed, 0, 4).rand())
+
+
+def test_images_that_are_not_finite_are_found(monkeypatch):
+    cfg, digits = Config(batch=8), batches.digits()
+    bad, x1 = order(1797, 0, 16, 8)[5], batches.Images.x1
+    poisoned = torch.from_numpy(digits.pixels[bad])
+    monkeypatch.setattr(batches.Images, "x1", lambda self, raw, rng=None: torch.where(
+        (raw == poisoned).flatten(1).all(dim=1).view(-1, 1, 1, 1), torch.nan, x1(self, raw)))
+    parts = [slice(0, 4), slice(4, 8)]
+    assert batches.not_finite(digits, cfg, 2, parts) == [bad]
+    assert batches.not_finite(digits, cfg, 2, parts[:1]) == batches.not_finite(digits, cfg, 1, parts) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# vectors
+
+
+@pytest.fixture
+def with_vectors(tmp_path):
+    """Five images in two classes, and for each a vector of two numbers."""
+    for i, name in enumerate(("a/0", "a/1", "b/2", "b/3", "b/4")):
+        save(tmp_path / f"{name}.png", colour=(10 * i, 0, 0))
+    vectors = np.arange(10, dtype=np.float64).reshape(5, 2)
+    np.save(tmp_path / "vectors.npy", vectors)
+    return tmp_path, vectors
+
+
+def test_vectors_beside_the_images_take_the_place_of_labels(with_vectors):
+    folder, vectors = with_vectors
+    cfg = config(data=str(folder), condition="vectors", flip=False, batch=10, label_drop=0.5)
+    dataset = batches.load(cfg)
+    assert dataset.vectors.dtype == np.float32 and np.array_equal(dataset.vectors, vectors) and dataset.classes == []
+    x, y = read(dataset, [3, 0], np.ones((2, 3)))
+    assert y.dtype == torch.float32 and y.tolist() == vectors[[3, 0]].tolist()
+    assert (127.5 * (x[:, 0, 0, 0] + 1)).round().tolist() == [30, 0]
+    x1, y = dataset.reference(4)
+    assert np.array_equal(y[:, 0] / 2, np.rint((127.5 * (x1[:, 0, 0, 0].numpy() + 1)) / 10)) and y.shape == (4, 2)
+    facts = batches.facts(dataset)
+    assert facts["vectors"] == [5, 2] and facts["classes"] == []
+    condition = batches.condition_of(facts, dataset.examples())(16)
+    assert torch.equal(condition.draw(5), torch.from_numpy(dataset.vectors))
+    assert {n: t.shape for n, t in batches.condition_of(facts)(16).state_dict().items()} == {
+        n: t.shape for n, t in condition.state_dict().items()}                      # room for what a file brings
+    (whole,), = take(cfg, dataset, 1, [slice(0, 10)], condition)
+    rng = BatchRandom(cfg.seed, 0, 10)
+    dropped = rng.rand() < 0.5
+    assert torch.equal(whole[1].isnan().all(dim=1), dropped) and torch.equal(whole[2], rng.rand())
+    labels = batches.load(config(data=str(folder)))
+    assert labels.vectors is None and labels.classes == ["a", "b"] and labels.fingerprint != dataset.fingerprint
+    np.save(folder / "vectors.npy", vectors + 1)
+    assert batches.load(cfg).fingerprint != dataset.fingerprint                     # another run's
+
+
+def test_examples_are_spread_over_the_set():
+    images = batches.Images(np.zeros((1000, 1, 4, 4), np.uint8), np.zeros(1000, np.int64))
+    assert images.examples() is None
+    images.use_vectors(np.arange(1000, dtype=np.float32)[:, None])
+    examples = images.examples()[:, 0]
+    assert len(examples) == 256 and examples[0] == 0 and examples[-1] == 999 and 3 <= examples.diff().min() <= 4
+
+
+def test_a_vector_stays_with_its_image_when_bad_ones_are_left_out(with_vectors):
+    folder, vectors = with_vectors
+    (folder / "a" / "1.png").write_bytes(b"broken")
+    dataset = batches.load(config(data=str(folder), condition="vectors", skip_bad=True))
+    assert np.array_equal(dataset.vectors, vectors[[0, 2, 3, 4]])
+
+
+@pytest.mark.parametrize("array, words", [
+    (np.zeros((4, 2)), "holds 4 vectors, but there are 5 images"), (np.zeros(5), r"shape \(N, dim\).*\(5,\)"),
+    (np.zeros((5, 0)), r"shape \(N, dim\)"), (np.full((5, 2), np.nan), "not finite in float32: see row 0"),
+    (np.array([[1.0]] * 4 + [[1e300]]), "not finite in float32: see row 4"),
+    (np.array([["a"]] * 5), r"must hold numbers"), (np.zeros((5, 2), complex), "must hold numbers"),
+    (np.array([[None]] * 5), "cannot be read as a .npy"), (b"PK\x03\x04", "cannot be read as a .npy"),
+    (b"", "cannot be read as a .npy"), (None, r"needs .*vectors\.npy")])
+def test_vectors_that_do_not_fit_are_named(with_vectors, array, words):
+    folder, _ = with_vectors
+    (folder / "vectors.npy").unlink()
+    if isinstance(array, bytes):
+        (folder / "vectors.npy").write_bytes(array)
+    elif array is not None:
+        np.save(folder / "vectors.npy", array)
+    with pytest.raises(UserError, match=words) as problem:
+        batches.load(config(data=str(folder), condition="vectors"))
+    assert "\n" not in str(problem.value) and "vectors.npy" in str(problem.value)
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(dataset="photos", res=16), dict(dataset="fashion", res=32)])
+def test_bundled_sets_have_no_vectors(settings):
+    with pytest.raises(UserError, match="has labels and no vectors: leave out --condition vectors"):
+        batches.load(Config(condition="vectors", **settings))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# held-out splits
+
+
+def test_the_split_test_of_a_folder_is_held_out_and_read_when_asked_for(tmp_path):
+    for split, count in (("train", 3), ("test", 2)):
+        for name in "ab":
+            for i in range(count):
+                save(tmp_path / split / name / f"{i}.png", colour=(0, 200 * (split == "test"), 0))
+        np.save(tmp_path / split / "vectors.npy", np.full((2 * count, 3), count))
+    cfg = config(data=str(tmp_path))
+    images = batches.load(cfg)
+    assert len(images) == 6 and images.classes == ["a", "b"]
+    x1, y = images.test(100)
+    assert x1.shape == (4, 3, 16, 16) and sorted(y) == [0, 0, 1, 1] and (x1[:, 1] > 0.5).all()
+    assert images.test(3)[0].shape == (3, 3, 16, 16) and not np.array_equal(images.test(4)[1], images.test(4, 1)[1])
+    assert (batches.load(config(data=str(tmp_path), condition="vectors")).test(4)[1] == 2).all()
+    (tmp_path / "test" / "a" / "0.png").write_bytes(b"broken")
+    assert images.test(100)[0].shape[0] == 4                                        # it was read already
+    again = batches.load(cfg)                                                       # and here it was not
+    with pytest.raises(UserError, match=r"test/a/0\.png"):
+        again.test(100)
+
+
+def test_other_splits_are_not_held_out(tmp_path, capsys):
+    save(tmp_path / "train" / "a" / "x.png")
+    save(tmp_path / "val" / "a" / "x.png")
+    assert batches.load(config(data=str(tmp_path))).test(10) is None
+    save(tmp_path / "test" / "b" / "x.png")
+    assert batches.load(config(data=str(tmp_path))).test(10) is None
+    assert "the split test" in capsys.readouterr().out
+    assert batches.digits().test(10) is batches.load(config(dataset="photos")).test(10) is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fashion-MNIST
+
+
+def idx(array, kind=8) -> bytes:
+    return gzip.compress(struct.pack(f">{1 + array.ndim}i", kind << 8 | array.ndim, *array.shape) + array.tobytes())
+
+
+@pytest.fixture
+def clothes(tmp_path):
+    """The four files with 20 and 10 images: (folder, images, labels by split)."""
+    rng, contents = np.random.default_rng(0), {}
+    for name, count in (("train", 20), ("t10k", 10)):
+        images, labels = rng.integers(1, 256, (count, 28, 28)), np.arange(count) % 10
+        contents[name] = images.astype(np.uint8), labels.astype(np.uint8)
+        (tmp_path / f"{name}-images-idx3-ubyte.gz").write_bytes(idx(contents[name][0]))
+        (tmp_path / f"{name}-labels-idx1-ubyte.gz").write_bytes(idx(contents[name][1]))
+    return tmp_path, contents
+
+
+def test_fashion_is_padded_and_has_a_test_split(clothes, monkeypatch):
+    folder, contents = clothes
+    dataset = batches.load(config(dataset="fashion", res=32, data=str(folder)))
+    assert (len(dataset), dataset.channels, dataset.side, len(dataset.classes)) == (20, 1, 32, 10)
+    x, y = read(dataset, np.arange(20), np.zeros((20, 3)))                          # never mirrored
+    assert y.tolist() == contents["train"][1].tolist() and y.dtype == torch.int64
+    pixels = batches.to_uint8(x).numpy()[:, 0]
+    assert np.array_equal(pixels[:, 2:-2, 2:-2], contents["train"][0])
+    assert pixels.astype(int).sum() == contents["train"][0].astype(int).sum()       # the border is black
+    x1, y = dataset.test(50)
+    assert x1.shape == (10, 1, 32, 32) and sorted(y) == list(range(10))
+    place = int(np.flatnonzero(y == 3)[0])
+    assert np.array_equal(batches.to_uint8(x1).numpy()[place, 0, 2:-2, 2:-2], contents["t10k"][0][3])
+    monkeypatch.setattr(fashion, "DEBIAN", folder)
+    assert batches.load(config(dataset="fashion", res=32)).fingerprint == dataset.fingerprint
+
+
+def test_fashion_from_the_hub_is_the_same(clothes, monkeypatch):
+    folder, contents = clothes
+
+    def open_source(dataset, where, split):
+        images, labels = contents["train" if split == "train" else "t10k"]
+        source = sources.Source(where, [str(i) for i in range(len(images))], labels.tolist(), list("0123456789"), "",
+                                lambda i: io.BytesIO(png(images[i])))
+        return source
+
+    monkeypatch.setattr(fashion, "open_source", open_source)
+    files, hub = (batches.load(config(dataset="fashion", res=32, data=where)) for where in (str(folder), "hf:x/y"))
+    assert np.array_equal(files.pixels, hub.pixels) and files.fingerprint == hub.fingerprint
+    assert torch.equal(files.test(10)[0], hub.test(10)[0])
+
+
+def png(array) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(array).save(stream, "PNG")
+    return stream.getvalue()
+
+
+IMAGES, LABELS = np.zeros((20, 28, 28), np.uint8), (np.arange(20) % 10).astype(np.uint8)
+
+
+@pytest.mark.parametrize("name, raw, words", [
+    ("images-idx3", idx(IMAGES)[:40], "cannot be read as an idx file"),
+    ("images-idx3", b"hello", "cannot be read as an idx file"),
+    ("images-idx3", b"", "cannot be read as an idx file"),
+    ("images-idx3", gzip.compress(b""), "cannot be read as an idx file"),
+    ("images-idx3", gzip.compress(gzip.decompress(idx(IMAGES))[:-5]), "is cut off: its header promises 15,680 bytes"),
+    ("images-idx3", gzip.compress(gzip.decompress(idx(IMAGES)) + b"x"), "is too long"),
+    ("images-idx3", idx(IMAGES, kind=13), "its header is not"), ("images-idx3", idx(LABELS), "its header is not"),
+    ("images-idx3", idx(np.zeros((20, 32, 32), np.uint8)), "its header is not"),
+    ("images-idx3", gzip.compress(struct.pack(">4i", 0x803, 2**30, 28, 28)), "it claims 841,813,590,016 bytes"),
+    ("images-idx3", idx(IMAGES)[:-8] + b"12345678", "cannot be read as an idx file: .*CRC"),
+    ("images-idx3", idx(IMAGES[:19]), "do not belong together: 19 images, 20 labels"),
+    ("labels-idx1", idx(np.minimum(LABELS, 8)), "must be 0 to 9, each at least once, but are 0, 1.* 8$"),
+    ("labels-idx1", idx(LABELS + 1), "must be 0 to 9.*but are 1, 2.* 10$"),
+    ("labels-idx1", None, "there is no train-labels-idx1-ubyte.gz in .*\n.*apt-get install dataset-fashion-mnist")])
+def test_bad_files_of_fashion_are_named(clothes, name, raw, words):
+    folder, _ = clothes
+    file = folder / f"train-{name}-ubyte.gz"
+    file.unlink() if raw is None else file.write_bytes(raw)
+    with pytest.raises(UserError, match=words) as problem:
+        batches.load(config(dataset="fashion", res=32, data=str(folder)))
+    assert raw is None or "\n" not in str(problem.value)
+
+
+def test_fashion_without_files_or_at_another_resolution(tmp_path, monkeypatch):
+    monkeypatch.setattr(fashion, "DEBIAN", tmp_path / "nowhere")
+    with pytest.raises(UserError, match="(?s)apt-get install dataset-fashion-mnist.*zalandoresearch.*--data hf:"):
+        batches.load(config(dataset="fashion", res=32))
+    with pytest.raises(UserError, match="32 x 32: leave --res at 32, not 28"):
+        batches.load(config(dataset="fashion", res=28))

@@ -1,11 +1,23 @@
+import json
+import sys
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import fid
+import sample
+import train
 from config import UserError
-from data import digits, to_images
-from fid import frechet_distance, precision, recall, sliced_wasserstein
+from conftest import tiny
+from data.batches import Images, digits, to_images
+from data.conditions import Labels, Vectors
+from fid import frechet_distance, precision, recall
+from run import gallery
+from run.ranks import Ranks
+from scores import features
+from scores.wasserstein import sliced_wasserstein
 
 rng = np.random.default_rng(0)
 
@@ -28,17 +40,18 @@ def test_frechet_distance_equals_the_matrix_square_root():
     from scipy.linalg import sqrtm
 
     x, y = rng.standard_normal((200, 12)), rng.standard_normal((150, 12)) @ rng.standard_normal((12, 12)) + 0.3
-    one, two = fid.statistics(x), fid.statistics(y)
-    root = np.asarray(sqrtm(one[1] @ two[1])).real
-    expected = ((one[0] - two[0]) ** 2).sum() + np.trace(one[1] + two[1] - 2 * root)
-    assert frechet_distance(*one, *two) == pytest.approx(expected, rel=1e-8)
-    assert frechet_distance(*two, *one) == pytest.approx(expected, rel=1e-8)
+    first, second = fid.statistics(x), fid.statistics(y)
+    root = np.asarray(sqrtm(first[1] @ second[1])).real
+    expected = ((first[0] - second[0]) ** 2).sum() + np.trace(first[1] + second[1] - 2 * root)
+    assert frechet_distance(*first, *second) == pytest.approx(expected, rel=1e-8)
+    assert frechet_distance(*second, *first) == pytest.approx(expected, rel=1e-8)
 
 
 def test_frechet_distance_of_singular_covariances_is_finite_and_symmetric():
-    one, two = (fid.statistics(rng.standard_normal((8, 40))) for _ in range(2))
-    there, back = frechet_distance(*one, *two), frechet_distance(*two, *one)
-    assert np.isfinite(there) and there > 0 and there == pytest.approx(back, rel=1e-6)
+    first, second = (fid.statistics(rng.standard_normal((8, 40))) for _ in range(2))
+    distance = frechet_distance(*first, *second)
+    assert np.isfinite(distance) and distance > 0
+    assert distance == pytest.approx(frechet_distance(*second, *first), rel=1e-6)
 
 
 def coverage_by_loops(points, centres, k):
@@ -94,10 +107,10 @@ def textures(count, seed, sparse=False, side=64):
 
 def test_sliced_wasserstein_finds_the_level_that_differs():
     real = textures(96, 0)
-    same, other = sliced_wasserstein(real, textures(96, 1)), sliced_wasserstein(real, textures(96, 1, sparse=True))
+    same, sparse = sliced_wasserstein(real, textures(96, 1)), sliced_wasserstein(real, textures(96, 1, sparse=True))
     assert list(same) == [16, 32, 64]
     assert sliced_wasserstein(real, real)[64] < 2 * same[64]                    # patches are drawn independently
-    assert other[64] > 2 * same[64] and other[16] < 2 * same[16]
+    assert sparse[64] > 2 * same[64] and sparse[16] < 2 * same[16]
     assert sliced_wasserstein(real[:, :8, :8], real[:, :8, :8]) == {}
 
 
@@ -152,9 +165,9 @@ def test_scores_do_not_depend_on_the_order():
     images, labels = digits().reference(400)
     images = to_images(images)
     shuffle = np.random.default_rng(1).permutation(200)
-    one = fid.score(images[:200], labels[:200], images[200:], labels[200:])
-    two = fid.score(images[:200], labels[:200], images[200:][shuffle], labels[200:][shuffle])
-    assert all(one[name] == pytest.approx(two[name]) for name in one)
+    scores = fid.score(images[:200], labels[:200], images[200:], labels[200:])
+    again = fid.score(images[:200], labels[:200], images[200:][shuffle], labels[200:][shuffle])
+    assert all(scores[name] == pytest.approx(again[name]) for name in scores)
 
 
 def test_pixel_features_average_to_8_by_8():
@@ -162,3 +175,138 @@ def test_pixel_features_average_to_8_by_8():
     features = fid.pixel_features(image)
     assert features.shape == (2, 192)
     assert features[1].reshape(3, 8, 8)[2, 0, 1] == pytest.approx(image[1, :4, 4:8, 2].mean() / 255)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# test splits, vectors, and the features of a network
+
+
+def halves() -> tuple[Images, Images]:
+    """The digits as a training set and a test split."""
+    whole = digits()
+    test = Images(whole.pixels[:900], whole.labels[:900], whole.classes)
+    return Images(whole.pixels[900:], whole.labels[900:], whole.classes, held_out=lambda: test), test
+
+
+def test_real_images_come_from_the_test_split():
+    train, test = halves()
+    images, labels = train.reference(400)                   # copies of the training images
+    scores = fid.evaluate(train, to_images(images), labels, to_images)
+    assert scores["split"] == "test" and scores["n_reference"] == 900 and scores["real"]["n_reference"] == 500
+    assert scores["novelty"] == 0 and scores["real"]["novelty"] == pytest.approx(1, abs=0.1)
+    assert "against 900 of the test set; real: 400" in fid.table(scores)
+    images, labels = test.reference(900)                    # a generator that is as good as the test split
+    scores = fid.evaluate(train, to_images(images), labels, to_images)
+    assert scores["frechet_pixel"] == pytest.approx(0, abs=1e-6) and scores["novelty"] == pytest.approx(1, abs=0.05)
+
+
+def test_vectors_have_no_labels_to_agree_with():
+    dataset = digits()
+    dataset.use_vectors(dataset.pixels.mean(axis=(2, 3)).astype(np.float32))
+    images, vectors = dataset.reference(300)
+    assert vectors.shape == (300, 1)
+    for y in (vectors, torch.from_numpy(vectors), None):
+        scores = fid.evaluate(dataset, to_images(images), y, to_images)
+        assert "label_agreement" not in scores and "class_variance" not in scores and scores["n_reference"] == 1797
+        scores = fid.evaluate(dataset, to_images(images), y, to_images, features.Pixels())
+        assert "class_variance" not in scores["real"] and scores["real"]["n"] == 300
+
+
+class Reader:
+    """Pixels, and the class of the nearest of the digits as a probability of 1: a classifier without errors."""
+
+    name, identity = "classifier", "classifier x"
+
+    def __init__(self):
+        images, self.labels = digits().reference(1797)
+        self.known = torch.from_numpy(features.pixel_features(to_images(images)))
+
+    def __call__(self, images):
+        values = features.pixel_features(images)
+        nearest = torch.cdist(torch.from_numpy(values), self.known).argmin(dim=1)
+        return values.astype(np.float32), np.eye(10)[self.labels[nearest]]
+
+
+def test_features_are_compared_with_equal_n_on_all_sides():
+    dataset = digits()
+    images, labels = dataset.reference(1000, seed=4)
+    images = to_images(images)
+    scores = fid.evaluate(dataset, images, labels, to_images, Reader())
+    assert [scores[name] for name in ("n", "n_reference", "name")] == [898, 898, "FRECHET-898"]     # half of 1797
+    assert [scores["real"][name] for name in ("n", "n_reference")] == [898, 898] and scores["label_agreement"] == 1
+    assert scores == fid.evaluate(dataset, images, labels, to_images, Reader())     # a fixed choice
+    assert scores["class_variance"] == pytest.approx(1, abs=0.05) == scores["class_variance_pixel"]
+    assert scores["real"]["frechet"] == pytest.approx(0.06, abs=0.03) and abs(scores["real"]["kid"]) < 1e-3
+    wrong = fid.evaluate(dataset, images, (labels + 1) % 10, to_images, Reader())
+    assert wrong["label_agreement"] == 0 and wrong["frechet"] == scores["frechet"]
+    text = fid.table(scores)
+    assert "898 generated images against 898" in text and "FRECHET-898" in text and "classifier x" in text
+    with pytest.raises(UserError, match="60 images are too few for 64 features"):
+        fid.evaluate(dataset, images[:60], labels[:60], to_images, Reader())
+    assert fid.evaluate(dataset, images[:60], labels[:60], to_images, Reader(), force=True)["n"] == 60
+
+
+def test_several_sets_are_averaged_and_shown_with_their_spread():
+    rows = [{"n": 5, "name": "FID-5", "fid": value, "kid": 0.001 * value} for value in (1.0, 2.0, 3.0)]
+    scores = fid.average(rows)
+    assert scores["fid"] == 2 and scores["fid_sets"] == [1, 2, 3] and scores["n"] == 5
+    text = fid.table({**scores, "n_reference": 9, "reference": {"file": "ref.npz", "n": 9}, "codec": "none"})
+    assert "± 1.0000 over 3 sets" in text and "ref.npz: 9 images" in text
+    assert fid.average(rows[:1]) is rows[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the program, and sample files
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    """call(fid.main, "run", "--num", "20"): what a program prints, run in this process."""
+    def run(main, *arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["program", *arguments])
+        capsys.readouterr()
+        main()
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.parametrize("format", ["npz", "shards"])
+def test_labels_of_sample_files_are_right_in_batches_of_any_size(format, tmp_path, call, unscored):
+    train.train(tiny(tmp_path, "out/run", steps=1, ema=0.0), device="cpu")
+    call(sample.main, "out/run", "-n", "23", "--batch", "7", "--format", format, "--out", "images")     # of ten classes
+    images, labels = (np.concatenate(part) for part in zip(*gallery.read_samples(tmp_path / "images"), strict=True))
+    assert np.array_equal(labels, np.arange(23) % 10) and images.shape == (23, 8, 8, 1)
+    call(sample.main, "out/run", "-n", "23", "--batch", "23", "--out", "whole")
+    whole, labels = gallery.read_npz(tmp_path / "whole" / "samples.npz")
+    assert np.array_equal(labels, np.arange(23) % 10) and abs(whole.astype(int) - images).max() <= 1
+    out = call(fid.main, "images", "--record", "line.jsonl")
+    assert "samples    images\nweights    raw at step 1" in out and "23 generated images" in out
+    line = json.loads((tmp_path / "line.jsonl").read_text())
+    assert line["samples"] == "images" and "label_agreement" in line and (tmp_path / "images" / "scores.json").exists()
+    call(fid.main, "out/run", "--num", "23", "--batch", "7", "--record", "line.jsonl")
+    direct = json.loads((tmp_path / "line.jsonl").read_text().splitlines()[1])
+    for name in ("frechet_pixel", "precision", "label_agreement"):
+        assert line[name] == pytest.approx(direct[name], rel=1e-9)
+
+
+@pytest.mark.parametrize("condition, kind", [
+    (Labels(["cat", "dog", "owl"], 8), "labels"), (Vectors(2, 8, torch.rand(5, 2)), "vectors"), (None, "none")])
+def test_conditions_are_stored_and_read_back(condition, kind, tmp_path):
+    images = rng.integers(0, 256, (11, 8, 8, 3)).astype(np.uint8)
+    y = None if condition is None else condition.draw(11)
+    samples = gallery.Gallery(tmp_path / "out", {"num": 11}, "npz", Ranks(0, 1, torch.device("cpu")))
+    for chunk in samples.prepare(sample.chunks_of(11, 4)):
+        samples.write(chunk, images[chunk.start : chunk.stop], None if y is None else y[chunk.start : chunk.stop],
+                      {"first": chunk.start, "count": len(chunk)})
+    samples.finish({"num": 11}, y, condition)
+    with np.load(tmp_path / "out" / "samples.npz") as arrays:
+        assert set(arrays) == {"images", "labels"} | ({"vectors"} if kind == "vectors" else set())
+        assert np.array_equal(arrays["labels"], np.arange(11) % 3 if kind == "labels" else np.full(11, -1))
+    again, read = gallery.read_npz(tmp_path / "out" / "samples.npz")
+    assert np.array_equal(again, images) and np.array_equal(read, np.full(11, -1) if y is None else y.numpy())
+    assert Image.open(tmp_path / "out" / "grid.png").size[0] > 100
+    np.savez(tmp_path / "odd.npz", images=images, vectors=np.zeros((10, 2)))
+    with pytest.raises(UserError, match=r"its vectors have the shape \(10, 2\)"):
+        gallery.read_npz(tmp_path / "odd.npz")

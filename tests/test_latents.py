@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,15 +17,13 @@ import pytest
 import torch
 from PIL import Image
 
-import config
-import data
-import latents
-import runs
 import sample
-import sources
 import train
 from config import Config, UserError
 from conftest import ROOT
+from data import batches, latents, sources
+from run import load
+from run.paper import resolve
 
 
 def save_vae(folder: Path, seed=0, **settings) -> Path:
@@ -64,7 +63,7 @@ def run_of(out, cache, vae, **settings) -> Config:
     given = dict(dataset="folder", space="latent", vae=str(vae), latents=str(cache), res=32, size="32,2,2,2", batch=8,
                  steps=20, out=str(out), solver="midpoint", solver_steps=4, num_samples=6, log_every=10, warmup=0,
                  save_every=250)
-    return config.resolve({**given, **settings})
+    return resolve({**given, **settings})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -104,17 +103,16 @@ def test_killed_and_resumed_by_other_processes_it_has_the_same_bytes(tmp_path, i
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def command(out):
-        return [str(ROOT / "latents.py"), "--dataset", "folder", "--res", "32", "--data", str(images), "--vae",
-                str(vae), "--batch", "4", "--out", str(tmp_path / out), "--device", "cpu"]
+        return ["-m", "data.latents", "--dataset", "folder", "--res", "32", "--data", str(images), "--vae", str(vae),
+                "--batch", "4", "--out", str(tmp_path / out), "--device", "cpu"]
 
-    subprocess.run([sys.executable, *command("whole")], env=environment, check=True, timeout=120)
-    slowly = (f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['latents.py'] + sys.argv[1:]\n"
-              "import latents, config\nfrom pathlib import Path\n"
+    subprocess.run([sys.executable, *command("whole")], env=environment, check=True, timeout=120, cwd=ROOT)
+    slowly = ("import time\nfrom data import latents\nfrom pathlib import Path\n"
               "write = latents.Cache.write\n"
               "latents.Cache.write = lambda *a: (write(*a), time.sleep(0.5))\n"
               f"latents.encode('folder', 32, {str(images)!r}, {str(vae)!r}, Path({str(tmp_path / 'killed')!r}), "
               "batch=4)")
-    process = subprocess.Popen([sys.executable, "-c", slowly], env=environment, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-c", slowly], env=environment, stderr=subprocess.DEVNULL, cwd=ROOT)
     until, note = time.time() + 60, tmp_path / "killed" / "progress-0.jsonl"
     while not note.exists() or len(note.read_text().splitlines()) < 2:
         assert time.time() < until and process.poll() is None
@@ -124,9 +122,9 @@ def test_killed_and_resumed_by_other_processes_it_has_the_same_bytes(tmp_path, i
     with open(note, "a") as file:
         file.write('{"chunk": 4, "bad"')                                        # as if it was cut off within a line
     with pytest.raises(UserError, match="not finished; the same command goes on"):
-        data.load(run_of(tmp_path / "run", tmp_path / "killed", vae))
+        batches.load(run_of(tmp_path / "run", tmp_path / "killed", vae))
     out = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                          *command("killed")], env=environment, capture_output=True, text=True, timeout=120)
+                          *command("killed")], env=environment, capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert out.returncode == 0, out.stdout + out.stderr
     assert "of 5 chunks were there" in out.stdout and "20 images of 32 pixels, 2 classes, 0 left out" in out.stdout
     for name in ("moments.f16", "labels.npy", "names.txt"):
@@ -145,15 +143,15 @@ def test_one_corrupt_image_is_named_or_left_out_and_counted(tmp_path, images, va
         encode(tmp_path / "cache", folder, vae)
     header = encode(tmp_path / "cache", folder, vae, skip_bad=True)             # goes on where it stopped
     assert len(header["left_out"]) == 1 and "3.png" in header["left_out"][0]
-    dataset = data.load(run_of(tmp_path / "run", tmp_path / "cache", vae))
+    dataset = batches.load(run_of(tmp_path / "run", tmp_path / "cache", vae))
     assert len(dataset) == 5 and dataset.valid.tolist() == [0, 1, 2, 4, 5]
     with pytest.raises(UserError, match="--skip-bad"):
-        data.load(Config(dataset="folder", data=str(folder), res=16))
-    assert len(data.load(Config(dataset="folder", data=str(folder), res=16, skip_bad=True))) == 5
+        batches.load(Config(dataset="folder", data=str(folder), res=16))
+    assert len(batches.load(Config(dataset="folder", data=str(folder), res=16, skip_bad=True))) == 5
     assert "left out 1 of 6 images" in capsys.readouterr().out
 
 
-def test_too_little_disk_is_said_before_anything_is_written(tmp_path, images, vae, monkeypatch):
+def test_too_little_disk_is_reported_before_anything_is_written(tmp_path, images, vae, monkeypatch):
     monkeypatch.setattr(latents.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10**4})())
     with pytest.raises(UserError, match=r"needs 0\.0 GiB, but there are 0\.0 GiB free"):
         encode(tmp_path / "cache", images, vae)
@@ -162,33 +160,33 @@ def test_too_little_disk_is_said_before_anything_is_written(tmp_path, images, va
 
 def test_a_cache_that_does_not_match_is_refused_by_name(tmp_path, images, vae):
     cache = tmp_path / "cache"
-    with pytest.raises(UserError, match=r"(?s)no latent cache in .*python latents\.py --dataset folder --res 32 --vae"):
-        data.load(run_of(tmp_path / "run", cache, vae))
+    with pytest.raises(UserError, match=r"(?s)no latent cache.*python -m data\.latents --dataset folder --res 32"):
+        batches.load(run_of(tmp_path / "run", cache, vae))
     encode(cache, images, vae)
     with pytest.raises(UserError, match="its vae is .*tiny-vae', the run asks for 'other-vae'"):
-        data.load(run_of(tmp_path / "run", cache, "other-vae"))
+        batches.load(run_of(tmp_path / "run", cache, "other-vae"))
     with pytest.raises(UserError, match="its resolution is 32, the run asks for 64"):
-        data.load(run_of(tmp_path / "run", cache, vae, res=64))
+        batches.load(run_of(tmp_path / "run", cache, vae, res=64))
     other = save_vae(tmp_path / "other", seed=1)
     with pytest.raises(UserError, match="holds another cache: vae differ"):
         encode(cache, images, other)
     with open(cache / "moments.f16", "r+b") as file:
         file.truncate(1000)
     with pytest.raises(UserError, match="is damaged: moments.f16 has 1,000 bytes and should have 163,840"):
-        data.load(run_of(tmp_path / "run", cache, vae))
+        batches.load(run_of(tmp_path / "run", cache, vae))
     for text in ("{", "[]", '{"complete": true}', "null"):
         (cache / "header.json").write_text(text)
         with pytest.raises(UserError, match="header"):
-            data.load(run_of(tmp_path / "run", cache, vae))
+            batches.load(run_of(tmp_path / "run", cache, vae))
 
 
 def test_a_cache_of_other_images_than_those_named_is_refused(tmp_path, images, vae):
     encode(tmp_path / "cache", images, vae)
-    assert len(data.load(run_of(tmp_path / "run", tmp_path / "cache", vae, data=str(images)))) == 20
+    assert len(batches.load(run_of(tmp_path / "run", tmp_path / "cache", vae, data=str(images)))) == 20
     (tmp_path / "other").mkdir()
     picture(0).save(tmp_path / "other" / "0.png")
     with pytest.raises(UserError, match="was made of other images than"):
-        data.load(run_of(tmp_path / "run", tmp_path / "cache", vae, data=str(tmp_path / "other")))
+        batches.load(run_of(tmp_path / "run", tmp_path / "cache", vae, data=str(tmp_path / "other")))
 
 
 def test_a_kill_while_completing_costs_nothing(tmp_path, images, vae, monkeypatch):
@@ -208,7 +206,7 @@ def test_a_kill_while_completing_costs_nothing(tmp_path, images, vae, monkeypatc
 def test_references_and_decoding_meet_on_the_device_of_the_statistics(tmp_path, images, vae, where):
     """A cache too large for the GPU stays in memory while its statistics are there (meta stands in for the GPU)."""
     encode(tmp_path / "cache", images, vae)
-    dataset = data.load(run_of(tmp_path / "run", tmp_path / "cache", vae))
+    dataset = batches.load(run_of(tmp_path / "run", tmp_path / "cache", vae))
     dataset.to(torch.device(where))
     x1, y = dataset.reference(7)
     assert x1.device.type == where and x1.shape == (7, 4, 16, 16) and len(y) == 7
@@ -217,17 +215,17 @@ def test_references_and_decoding_meet_on_the_device_of_the_statistics(tmp_path, 
 
 def test_batches_are_fresh_normalised_samples_of_the_posterior(tmp_path, images, vae):
     encode(tmp_path / "cache", images, vae)
-    dataset = data.load(run_of(tmp_path / "run", tmp_path / "cache", vae))
+    dataset = batches.load(run_of(tmp_path / "run", tmp_path / "cache", vae))
     index, u = np.full(4000, 7), np.column_stack([np.repeat([0.1, 0.9], 2000), np.zeros((4000, 2))])
     raw, y = dataset.read(index, u)
-    x1 = dataset.x1(raw, data.BatchRandom(0, 0, 4000))
+    x1 = dataset.x1(raw, batches.BatchRandom(0, 0, 4000))
     stored = np.fromfile(tmp_path / "cache" / "moments.f16", np.float16)
     moments = stored.reshape(20, 2, 8, 16, 16)[7].astype(np.float32)
     for part, side in ((x1[:2000], 1), (x1[2000:], 0)):                         # u < 0.5: the mirror image
         assert np.allclose(part.mean(0), 0.18215 * moments[side, :4], atol=5 * 0.18215 * moments[side, 4:].max() / 45)
         assert np.allclose(part.std(0), 0.18215 * moments[side, 4:], rtol=0.15)
     assert y.tolist() == [0] * 4000
-    unflipped = data.load(run_of(tmp_path / "run", tmp_path / "cache", vae, flip=False)).read(index, u)[0]
+    unflipped = batches.load(run_of(tmp_path / "run", tmp_path / "cache", vae, flip=False)).read(index, u)[0]
     assert (unflipped == unflipped[0]).all()
 
 
@@ -253,7 +251,7 @@ def test_a_missing_vae_is_named(tmp_path):
         latents.Autoencoder(str(tmp_path), "cpu")
 
 
-def test_the_hub_out_of_reach_is_said(monkeypatch, tmp_path):
+def test_the_hub_out_of_reach_is_reported(monkeypatch, tmp_path):
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: (_ for _ in ()).throw(OSError("offline")))
@@ -261,7 +259,31 @@ def test_the_hub_out_of_reach_is_said(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="cannot get stabilityai/sd-vae-ft-mse from the Hugging Face hub"):
         latents.Autoencoder("stabilityai/sd-vae-ft-mse", "cpu")
     with pytest.raises(UserError, match="cannot get someone/lapflow-celebahq from"):
-        runs.load_run("someone/lapflow-celebahq")
+        load.load_run("someone/lapflow-celebahq")
+
+
+def test_vectors_lie_beside_the_latents_and_may_be_added_later(tmp_path, images, vae):
+    shutil.copytree(images, tmp_path / "images")
+    bad = tmp_path / "images" / "10" / "1.png"              # the eleventh, after the ten of class 9
+    bad.write_bytes(b"broken")
+    vectors = np.random.default_rng(0).standard_normal((20, 3)).astype(np.float32)
+    plain = encode(tmp_path / "cache", tmp_path / "images", vae, skip_bad=True)
+    cfg = run_of(tmp_path / "run", tmp_path / "cache", vae, condition="vectors", data=str(tmp_path / "images"))
+    with pytest.raises(UserError, match=r"(?s)has no vectors\.npy; the same command .*--condition vectors"):
+        batches.load(cfg)
+    with pytest.raises(UserError, match=r"--condition vectors needs .*vectors\.npy"):
+        encode(tmp_path / "cache", tmp_path / "images", vae, skip_bad=True, condition="vectors")
+    np.save(tmp_path / "images" / "vectors.npy", vectors)
+    assert encode(tmp_path / "cache", tmp_path / "images", vae, skip_bad=True, condition="vectors") == plain
+    dataset = batches.load(cfg)
+    assert np.array_equal(dataset.vectors, np.delete(vectors, 10, axis=0)) and dataset.classes == []
+    y = dataset.read(np.array([0, 18]), np.zeros((2, 3)))[1]
+    assert torch.equal(y, torch.from_numpy(vectors[[0, 19]])) and batches.facts(dataset)["vectors"] == [19, 3]
+    assert dataset.reference(5)[1].shape == (5, 3)
+    assert batches.load(dataclasses.replace(cfg, condition="labels")).classes == ["9", "10"]
+    np.save(tmp_path / "cache" / "vectors.npy", vectors[:5])
+    with pytest.raises(UserError, match="holds 5 vectors, but there are 20 images"):
+        batches.load(cfg)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -270,94 +292,117 @@ def test_the_hub_out_of_reach_is_said(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_encode_train_sample_decode(tmp_path, images, vae, run_script, give_up):
-    """The whole path through the scripts, as a user runs it."""
-    out = run_script("latents.py", "--data", images, "--res", "32", "--vae", vae, "--device", "cpu").stdout
+    """The whole path through the programs, as a user runs it."""
+    def run(*arguments):
+        return run_script(*arguments).stdout
+
+    out = run("data.latents", "--data", images, "--res", "32", "--vae", vae, "--device", "cpu")
     assert "cache      latents/folder-32-tiny-vae/train: 20 images" in out
-    command = ["--dataset", "folder", "--latent", "--vae", vae, "--res", "32", "--size", "32,2,2,2", "--batch", "8",
-               "--solver", "midpoint", "--solver-steps", "4", "--num-samples", "12", "--steps", "20",
-               "--sample-every", "10", "--eval-every", "20", "--log-every", "5", "--logger", "tensorboard",
-               "--warmup", "0"]
-    out = run_script("train.py", *command).stdout
-    assert "input      4 x 16 x 16, 3 bands, 2 classes" in out and "frechet_pixel" in out
-    run = tmp_path / "out" / "folder-32"
-    assert {"samples-00000010.png", "samples.png", "trajectory.png", "tensorboard"} <= {p.name for p in run.iterdir()}
-    for name in ("samples-00000010.png", "samples.png", "trajectory.png"):
-        shown = np.asarray(Image.open(run / name).convert("L"))
-        assert min(shown.shape) > 100 and shown.std() > 5
-    line = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    out = run("train.py", "--dataset", "folder", "--latent", "--vae", vae, "--res", "32", "--size", "32,2,2,2",
+              "--batch", "8", "--solver", "midpoint", "--solver-steps", "4", "--num-samples", "12", "--steps", "20",
+              "--sample-every", "10", "--eval-every", "20", "--log-every", "5", "--logger", "tensorboard",
+              "--warmup", "0")
+    assert "frechet_pixel" in out
+    folder = tmp_path / "out" / "folder-32"
+    pictures = {"samples-00000010.png", "samples.png", "trajectory.png"}
+    assert pictures | {"tensorboard"} <= {p.name for p in folder.iterdir()}
+    for name in pictures:
+        pixels = np.asarray(Image.open(folder / name).convert("L"))
+        assert min(pixels.shape) > 100 and pixels.std() > 5
+    line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     assert line["step"] == 20 and len(line["loss_bins"]) == 3 and len(line["loss_bins"][0]) == 10
     assert line["loss_bins"][2][:6] == [None] * 6                               # the finest band starts at 2 / 3
     assert line["seconds_left"] == 0 and line["epoch"] == 8.0 and line["mfu"] is None and 0 <= line["data_wait"] <= 1
-    out = run_script("sample.py", "--num", "4", "--labels", "10").stdout
-    with np.load(run / "samples" / "samples.npz") as saved:
+    run("sample.py", "--num", "4", "--labels", "10")
+    with np.load(folder / "samples" / "samples.npz") as saved:
         assert saved["images"].shape == (4, 32, 32, 3) and saved["labels"].tolist() == [1] * 4
-    few = ["--num", "2", "--solver", "heun", "--steps", "6", "--out", "causal"]
-    assert "previews   2 thumbnails of 16 x 16" in run_script("sample.py", "--preview", "--bands", "2", *few).stdout
-    out = run_script("sample.py", "--upsample", images / "9" / "0.png", "--bands", "2", *few).stdout
-    assert "16 -> 32 pixels, 2 images" in out and "bicubic by" in out           # decoded, through the VAE on both ends
+    few = ["--bands", "2", "--num", "2", "--solver", "heun", "--steps", "6", "--out", "causal"]
+    assert "previews   2 thumbnails of 16 x 16" in run("extras.causal", "preview", folder, *few)
+    out = run("extras.causal", "upsample", folder, "--image", images / "9" / "0.png", *few)
+    assert "16 -> 32 pixels, 2 images" in out and "bicubic" in out              # decoded, through the VAE on both ends
     with np.load(tmp_path / "causal" / "upsampled.npz") as saved:
         assert saved["images"].shape == (2, 32, 32, 3)
-    out = run_script("sample.py", "--export", "shared").stdout
+    run("sample.py", "--export", "shared")
     assert sorted(p.name for p in (tmp_path / "shared").iterdir()) == ["config.json", "model.safetensors"]
-    assert "name it yourself with --vae" in give_up("sample.py", "shared")      # a file chooses no folder here
-    run_script("sample.py", "shared", "--vae", vae, "--num", "4", "--labels", "10", "--out", "again")
-    with np.load(run / "samples" / "samples.npz") as a, np.load(tmp_path / "again" / "samples.npz") as b:
+    assert "name it yourself with --vae" in give_up("sample.py", "shared")     # a file chooses no folder here
+    run("sample.py", "shared", "--vae", vae, "--num", "4", "--labels", "10", "--out", "again")
+    with np.load(folder / "samples" / "samples.npz") as a, np.load(tmp_path / "again" / "samples.npz") as b:
         assert np.array_equal(a["images"], b["images"])
     assert "holds the averaged weights only" in give_up("sample.py", "shared", "--raw", "--vae", str(vae))
     facts = json.loads((tmp_path / "shared" / "config.json").read_text())
     facts["data"]["latent"]["sha256"] = "0" * 64
     (tmp_path / "shared" / "config.json").write_text(json.dumps(facts))
-    said = give_up("sample.py", "shared", "--vae", str(vae))
-    assert "is not the one that made the latents of this run: its sha256" in said
+    out = give_up("sample.py", "shared", "--vae", str(vae))
+    assert "is not the one that made the latents of this run: its sha256" in out
 
 
 def test_fine_tuning_takes_another_resolution_and_other_classes(tmp_path, images, vae, capsys):
     encode(tmp_path / "cache", images, vae)
-    train.main(run_of(tmp_path / "first", tmp_path / "cache", vae, steps=5), device="cpu")
+    train.train(run_of(tmp_path / "first", tmp_path / "cache", vae, steps=5), device="cpu")
     for i in range(3):
         (tmp_path / "more" / str(i)).mkdir(parents=True)
         picture(i).save(tmp_path / "more" / str(i) / "x.png")
     latents.encode("folder", 64, str(tmp_path / "more"), str(vae), tmp_path / "cache-64", device="cpu")
     capsys.readouterr()
-    source = runs.load_run(str(tmp_path / "first"), device="cpu")
+    source = load.load_run(str(tmp_path / "first"), device="cpu")
     for init in (tmp_path / "first", tmp_path / "first" / "step-00000005.pt"):
         cfg = run_of(tmp_path / "second", tmp_path / "cache-64", vae, res=64, steps=1, lr=0.0, lr_end=0.0,
                      init=str(init))
-        train.main(cfg, fresh=True, device="cpu")
-        said = capsys.readouterr().out
-        assert "its 2 classes are not the 3 of this run: the label table starts anew" in said
-        assert "it was trained on 16 x 16, this run is 32 x 32: positions are recomputed" in said
-        tuned = runs.load_run(str(tmp_path / "second"), raw=True, device="cpu").model.state_dict()
+        train.train(cfg, fresh=True, device="cpu")
+        out = capsys.readouterr().out
+        assert "2 classes" in out and "3 classes" in out and "starts anew" in out
+        assert "it was trained on 16 x 16, this run is 32 x 32: positions are recomputed" in out
+        tuned = load.load_run(str(tmp_path / "second"), raw=True, device="cpu").model.state_dict()
         for name, weight in source.model.state_dict().items():
-            assert name == "label.weight" or torch.equal(weight, tuned[name])
-        assert tuned["label.weight"].shape[0] == 4
+            assert name.startswith("condition.") or torch.equal(weight, tuned[name])
+        assert tuned["condition.table.weight"].shape[0] == 4
     with pytest.raises(UserError, match="do not fit the configuration"):
-        train.main(run_of(tmp_path / "third", tmp_path / "cache", vae, size="64,2,2,2", init=str(tmp_path / "first")),
-                   device="cpu")
+        train.train(run_of(tmp_path / "third", tmp_path / "cache", vae, size="64,2,2,2", init=str(tmp_path / "first")),
+                    device="cpu")
     with pytest.raises(UserError, match="no run directory"):
-        train.main(run_of(tmp_path / "third", tmp_path / "cache", vae, init="nowhere"), device="cpu")
+        train.train(run_of(tmp_path / "third", tmp_path / "cache", vae, init="nowhere"), device="cpu")
+
+
+@pytest.mark.parametrize("space", ["pixel", "latent"])
+def test_a_run_on_vectors_is_trained_loaded_and_sampled(tmp_path, images, vae, space):
+    shutil.copytree(images, tmp_path / "images")
+    vectors = np.random.default_rng(0).standard_normal((20, 3)).astype(np.float32)
+    np.save(tmp_path / "images" / "vectors.npy", vectors)
+    encode(tmp_path / "cache", tmp_path / "images", vae, condition="vectors")
+    settings = dict(condition="vectors", data=str(tmp_path / "images"), steps=3, cfg_scale=1.5, num_samples=6)
+    cfg = run_of(tmp_path / "run", tmp_path / "cache", "" if space == "pixel" else vae, space=space, **settings)
+    train.train(cfg, device="cpu")
+    run = load.load_run(str(tmp_path / "run"), device="cpu")
+    assert torch.equal(run.condition.examples, torch.from_numpy(vectors)) and run.classes == []
+    y = torch.from_numpy(vectors[:2])
+    drawn, _ = sample.generate(run, 2, y, progress=False, solver="euler", steps=4, cfg_scale=1.5)
+    assert drawn.shape == (2, 32, 32, 3)
+    np.save(tmp_path / "images" / "vectors.npy", 2 * vectors)
+    encode(tmp_path / "cache", tmp_path / "images", vae, condition="vectors")
+    with pytest.raises(UserError, match="was trained on other images or classes"):
+        train.train(dataclasses.replace(cfg, steps=5), device="cpu")
 
 
 def test_a_damaged_export_is_refused(tmp_path):
-    train.main(Config(size="32,2,2,2", batch=16, steps=2, solver="midpoint", solver_steps=4, num_samples=6,
-                      out=str(tmp_path / "run")), device="cpu")
-    run = runs.load_run(str(tmp_path / "run"), device="cpu")
-    runs.export(run, tmp_path / "export")
-    again = runs.load_run(str(tmp_path / "export"), device="cpu")
+    train.train(Config(size="32,2,2,2", batch=16, steps=2, solver="midpoint", solver_steps=4, num_samples=6,
+                       out=str(tmp_path / "run")), device="cpu")
+    run = load.load_run(str(tmp_path / "run"), device="cpu")
+    load.export(run, tmp_path / "export")
+    again = load.load_run(str(tmp_path / "export"), device="cpu")
     assert again.cfg == dataclasses.replace(run.cfg, out="")                    # a path is nobody else's business
     assert again.step == 2 and again.weights == "ema" and again.classes == run.classes
     assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), again.model.parameters(), strict=True))
-    images, _ = sample.generate(again, 2, np.arange(2), progress=False, solver="euler", steps=4)
-    assert images.shape == (2, 8, 8, 1)
+    drawn, _ = sample.generate(again, 2, torch.arange(2), progress=False, solver="euler", steps=4)
+    assert drawn.shape == (2, 8, 8, 1)
     raw = (tmp_path / "export" / "model.safetensors").read_bytes()
     for damaged in (b"", raw[:100], b"hello" * 10):
         (tmp_path / "export" / "model.safetensors").write_bytes(damaged)
-        with pytest.raises(UserError, match="is no export"):
-            runs.load_run(str(tmp_path / "export"))
+        with pytest.raises(UserError, match="is not an export"):
+            load.load_run(str(tmp_path / "export"))
     (tmp_path / "export" / "model.safetensors").write_bytes(raw)
     (tmp_path / "export" / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="is no export"):
-        runs.load_run(str(tmp_path / "export"))
+    with pytest.raises(UserError, match="is not an export"):
+        load.load_run(str(tmp_path / "export"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -386,7 +431,7 @@ def test_zip_and_folder_give_the_same(tmp_path, images):
     for i in (0, 19):
         assert np.array_equal(folder.image(i, 32), packed.image(i, 32))
     (tmp_path / "broken.zip").write_bytes(b"PK\x03\x04 broken")
-    with pytest.raises(UserError, match="no zip archive"):
+    with pytest.raises(UserError, match="is not a zip archive"):
         sources.open_source("folder", str(tmp_path / "broken.zip"))
 
 
@@ -418,61 +463,82 @@ def test_links_that_form_a_loop_end(tmp_path):
     assert len(sources.open_source("folder", str(tmp_path))) == 1
 
 
-@pytest.mark.parametrize("raw", [True, False])
-def test_lmdb_of_nvae_and_lfm(tmp_path, raw):
-    lmdb = pytest.importorskip("lmdb")
-    with lmdb.open(str(tmp_path / "faces"), map_size=10**7) as database, database.begin(write=True) as writing:
-        for i in range(3):
-            square = picture(i).crop((0, 0, 36, 36))
-            writing.put(str(i).encode(), square.tobytes() if raw else png(i))
-    source = sources.open_source("celebahq", str(tmp_path / "faces"))
-    assert len(source) == 3 and source.image(2, 16).shape == (3, 16, 16)
-    expected = picture(2).crop((0, 0, 36, 36)) if raw else picture(2)
-    assert np.array_equal(source.image(2, 16), sources.crop(expected, 16))
-
-
-@pytest.mark.parametrize("packed", [True, False])
-def test_tensorflow_records_of_glow_and_pgan(tmp_path, packed):
-    """Written here byte by byte: frames of length, checksum, Example, checksum."""
-    def varint(n):
-        return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + varint(n >> 7)
-
-    def message(number, raw):
-        return varint(number << 3 | 2) + varint(len(raw)) + raw
-
-    def record(image):
-        shape = b"".join(map(varint, image.shape)) if packed else b"".join(b"\x08" + varint(n) for n in image.shape)
-        values = {"data": message(1, message(1, image.tobytes())),
-                  "label": message(3, b"\x08\x01"), "shape": message(3, message(1, shape) if packed else shape)}
-        entries = b"".join(message(1, message(1, k.encode()) + message(2, v)) for k, v in values.items())
-        raw = message(1, entries)
-        return len(raw).to_bytes(8, "little") + b"crc1" + raw + b"crc2"
-
-    images = [np.asarray(picture(i)) for i in range(3)]
-    (tmp_path / "train").mkdir()
-    (tmp_path / "train" / "a.tfrecords").write_bytes(record(images[0]) + record(images[1].transpose(2, 0, 1).copy()))
-    (tmp_path / "train" / "b.tfrecords").write_bytes(record(images[2]))
-    source = sources.open_source("celebahq", str(tmp_path))
-    assert len(source) == 3
-    for i in range(3):
-        assert np.array_equal(source.image(i, 32), sources.crop(picture(i), 32))
-    (tmp_path / "train" / "b.tfrecords").write_bytes(record(images[2])[:-9])
-    with pytest.raises(UserError, match="is cut off"):
-        sources.open_source("celebahq", str(tmp_path))
-
-
-def test_parquet_with_and_without_labels(tmp_path, monkeypatch):
+@pytest.fixture
+def write_parquet(tmp_path, monkeypatch):
+    """write_parquet(name, columns, **kinds): a file of four images and other columns, written by `datasets`."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    rows = {"image": [{"bytes": png(i), "path": None} for i in range(4)], "label": [0, 2, 1, 2]}
-    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=["a", "b", "c"]))
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "d" / "train-00000.parquet")
+
+    def write(name, columns, **kinds):
+        rows = {"image": [{"bytes": png(i), "path": None} for i in range(4)], **columns}
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        features = datasets.Features(image=datasets.Image(), **kinds) if kinds else None
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / name)
+        return str(tmp_path / name)
+
+    return write
+
+
+def test_parquet_with_and_without_labels(tmp_path, write_parquet):
+    import datasets
+
+    write_parquet("d/train-00000.parquet", {"label": [0, 2, 1, 2]}, label=datasets.ClassLabel(names=["a", "b", "c"]))
     source = sources.open_source("folder", str(tmp_path / "d"))
     assert source.classes == ["a", "b", "c"] and source.labels == [0, 2, 1, 2]
     assert np.array_equal(source.image(3, 32), sources.crop(picture(3), 32))
+    with pytest.raises(UserError, match="has no vectors: .* a column of lists of floats"):
+        source.vectors()
+    write_parquet("d/test-00000.parquet", {"label": [0, 2, 1, 1]}, label=datasets.ClassLabel(names=["a", "b", "c"]))
+    dataset = batches.load(Config(dataset="folder", data=str(tmp_path / "d"), res=16))
+    assert len(dataset) == 4 and sorted(dataset.test(4)[1]) == [0, 1, 1, 2]
+    assert sources.open_source("folder", write_parquet("plain.parquet", {})).classes == []
+    unlabelled = write_parquet("unlabelled.parquet", {"label": [-1] * 4}, label=datasets.Value("int64"))
+    with pytest.raises(UserError, match="labels from -1 to -1, but there are 0 classes"):
+        sources.open_source("folder", unlabelled)
+
+
+def test_parquet_without_images_and_damaged_files_are_named(tmp_path, write_parquet):
+    import datasets
+
     datasets.Dataset.from_dict({"text": ["x"]}).to_parquet(tmp_path / "text.parquet")
     with pytest.raises(UserError, match="no column of images; its columns are text"):
         sources.open_source("folder", str(tmp_path / "text.parquet"))
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 hello")
     with pytest.raises(UserError, match="cannot load"):
         sources.open_source("folder", str(tmp_path / "bad.parquet"))
+
+
+@pytest.mark.parametrize("kind", ["float32", "float64", "float16"])
+def test_vectors_in_a_column_of_parquet(write_parquet, kind):
+    import datasets
+
+    lists = getattr(datasets, "List", datasets.Sequence)
+    for length in (3, -1):
+        rows = {"box": [[1, 2]] * 4, "embedding": [[i, 0.5, -i] for i in range(4)], "other": [[0.0]] * 4}
+        file = write_parquet(f"{kind}{length}.parquet", rows, box=lists(datasets.Value("int64")),
+                             embedding=lists(datasets.Value(kind), length=length),
+                             other=lists(datasets.Value("float32")))
+        dataset = batches.load(Config(dataset="folder", data=file, res=16, condition="vectors"))
+        assert dataset.vectors.dtype == np.float32 and dataset.vectors.tolist() == rows["embedding"]
+
+
+@pytest.mark.parametrize("rows, words", [
+    ([[1.0], [1.0, 2.0], [1.0], [1.0]], "a row of the same length"), ([[1.0]] * 3 + [None], "vectors|column 'v'"),
+    ([[1.0]] * 3 + [[float("inf")]], "not finite in float32: see row 3"), ([[]] * 4, "shape")])
+def test_columns_that_are_no_vectors_are_named(write_parquet, rows, words):
+    import datasets
+
+    lists = getattr(datasets, "List", datasets.Sequence)
+    source = sources.open_source("folder", write_parquet("x.parquet", {"v": rows}, v=lists(datasets.Value("float64"))))
+    with pytest.raises(UserError, match=words) as problem:
+        source.vectors()
+    assert "column 'v' of" in str(problem.value) and "\n" not in str(problem.value)
+
+
+def test_lmdb_and_tfrecords_are_named_with_what_to_do(tmp_path):
+    for name in ("data.mdb", "train-r08.tfrecords"):
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(UserError, match="LMDB and tfrecord files must be converted to PNG or parquet first"):
+        sources.open_source("celebahq", str(tmp_path))
+    with pytest.raises(UserError, match="LMDB of NVAE, tfrecords of GLOW.*convert to PNG or parquet"):
+        sources.open_source("celebahq", "")

@@ -1,12 +1,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from config import UserError
 from conftest import random_bands, random_model
-from model import MoTDiT, attention, parse_size, patchify, sincos_positions, unpatchify
+from model import EXPERTS, MASKS, SIZES, MoTDiT, attention, parse_size, patchify, sincos_positions, unpatchify
+from run.memory import forward_flops, parameters
+
+READS = {"causal": lambda i, j: j <= i, "none": lambda i, j: True, "self": lambda i, j: i == j}     # does i read j?
+TIMES, LABELS = torch.tensor([0.7, 0.9]), torch.tensor([0, 3])
 
 
 def masked_attention(q, k, v, mask, num_cond):
@@ -23,7 +25,7 @@ def masked_attention(q, k, v, mask, num_cond):
 
 
 @pytest.mark.parametrize("num_cond", [0, 2])
-@pytest.mark.parametrize("mask", ["causal", "none", "self"])
+@pytest.mark.parametrize("mask", READS)
 @pytest.mark.parametrize("sizes", [[6], [6, 16], [6, 16, 64]])
 def test_attention_equals_the_masked_softmax(mask, sizes, num_cond):
     q, k, v = ([torch.randn(2, 3, n, 8) for n in sizes] for _ in range(3))
@@ -33,45 +35,61 @@ def test_attention_equals_the_masked_softmax(mask, sizes, num_cond):
 
 
 @pytest.mark.parametrize("condition_tokens", [True, False])
-@pytest.mark.parametrize("mask, reads", [("causal", lambda i, j: j <= i), ("none", lambda i, j: True),
-                                         ("self", lambda i, j: i == j)])
-def test_changing_a_band_moves_exactly_the_bands_the_mask_allows(mask, reads, condition_tokens):
+@pytest.mark.parametrize("mask", READS)
+def test_changing_a_band_moves_exactly_the_bands_the_mask_allows(mask, condition_tokens):
     model = random_model(mask=mask, condition_tokens=condition_tokens)
-    bands, t, y = random_bands(model), torch.tensor([0.7, 0.9]), torch.tensor([0, 3])
-    before = model(bands, t, y)
+    bands = random_bands(model)
+    before = model(bands, TIMES, LABELS)
     for j in range(3):
         changed = [b + torch.randn_like(b) if i == j else b for i, b in enumerate(bands)]
-        for i, (a, b) in enumerate(zip(model(changed, t, y), before, strict=True)):
-            assert torch.equal(a, b) != reads(i, j), (i, j)
+        for i, (a, b) in enumerate(zip(model(changed, TIMES, LABELS), before, strict=True)):
+            assert torch.equal(a, b) != READS[mask](i, j), (i, j)
 
 
-@pytest.mark.parametrize("experts", ["full", "qkv", "none"])
+@pytest.mark.parametrize("experts", EXPERTS)
 def test_a_prefix_of_bands_gives_the_same_coarse_velocities(experts):
-    model = random_model(experts=experts)
-    bands, t, y = random_bands(model), torch.tensor([0.7, 0.9]), torch.tensor([0, 3])
-    whole = model(bands, t, y)
-    for count in (1, 2):
-        for a, b in zip(model(bands[:count], t, y), whole, strict=False):
-            assert torch.allclose(a, b, atol=1e-6)
+    """Under the causal mask; that of "self" is a prefix as well."""
+    for mask in ("causal", "self"):
+        model = random_model(experts=experts, mask=mask)
+        bands = random_bands(model)
+        whole = model(bands, TIMES, LABELS)
+        for count in (1, 2):
+            for a, b in zip(model(bands[:count], TIMES, LABELS), whole, strict=False):
+                assert torch.allclose(a, b, atol=1e-6)
 
 
-def test_time_and_label_reach_every_band():
-    model = random_model()
-    bands, t, y = random_bands(model), torch.tensor([0.7, 0.9]), torch.tensor([0, 3])
-    before = model(bands, t, y)
-    for after in (model(bands, t + 0.05, y), model(bands, t, y + 1)):
+# ---------------------------------------------------------------------------------------------------------------------
+# every mask
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_any_prefix_of_bands_is_a_valid_input(mask):
+    model = random_model(mask=mask)
+    bands = random_bands(model)
+    for count in (1, 2, 3):
+        out = model(bands[:count], TIMES, LABELS)
+        assert [v.shape for v in out] == [band.shape for band in bands[:count]]
+        assert all(v.isfinite().all() and v.abs().max() > 1e-3 for v in out)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_time_and_label_reach_every_band(mask):
+    model = random_model(mask=mask)
+    bands = random_bands(model)
+    before = model(bands, TIMES, LABELS)
+    for after in (model(bands, TIMES + 0.05, LABELS), model(bands, TIMES, LABELS + 1)):
         for a, b in zip(after, before, strict=True):
             assert (a - b).abs().max() > 1e-3
 
 
 def test_position_reaches_every_band():
     """Without positions the tokens are a set: moving all of them by a patch would only move the output."""
-    model, t, y = random_model(), torch.tensor([0.7, 0.9]), torch.tensor([0, 3])
+    model = random_model()
     bands = random_bands(model)
 
     def moves(i):
         shifted = [b.roll(2, -1) if i == j else b for j, b in enumerate(bands)]
-        return (model(shifted, t, y)[i] - model(bands, t, y)[i].roll(2, -1)).abs().max().item()
+        return (model(shifted, TIMES, LABELS)[i] - model(bands, TIMES, LABELS)[i].roll(2, -1)).abs().max().item()
 
     assert all(moves(i) > 1e-3 for i in range(3))
     for i in range(3):
@@ -79,34 +97,35 @@ def test_position_reaches_every_band():
     assert all(moves(i) < 1e-4 for i in range(3))
 
 
-def test_examples_of_a_batch_do_not_mix():
-    model = random_model()
+@pytest.mark.parametrize("mask", MASKS)
+def test_examples_of_a_batch_do_not_mix(mask):
+    model = random_model(mask=mask)
     bands, t, y = random_bands(model, batch=3), torch.tensor([0.7, 0.8, 0.9]), torch.tensor([0, 3, 5])
     whole = model(bands, t, y)
     alone = model([b[1:2] for b in bands], t[1:2], y[1:2])
     assert all(torch.allclose(a, b[1:2], atol=1e-5) for a, b in zip(alone, whole, strict=True))
 
 
-@pytest.mark.parametrize("mask", ["causal", "none", "self"])
+@pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("num_classes", [0, 10])
 def test_the_untrained_model_returns_zeros(mask, num_classes):
     model = MoTDiT((48, 2, 3, 2), 3, 16, 3, num_classes, mask=mask)
-    for v, band in zip(model(random_bands(model), torch.tensor([0.1, 0.9])), random_bands(model), strict=True):
+    for v, band in zip(model(random_bands(model), TIMES), random_bands(model), strict=True):
         assert v.shape == band.shape and torch.equal(v, torch.zeros_like(v))
 
 
 def test_no_label_means_the_null_label():
-    model, t = random_model(), torch.tensor([0.7, 0.9])
+    model = random_model()
     bands = random_bands(model)
-    null = model(bands, t, torch.tensor([5, 5]))
-    assert all(torch.equal(a, b) for a, b in zip(model(bands, t), null, strict=True))
+    null = model(bands, TIMES, torch.tensor([5, 5]))
+    assert all(torch.equal(a, b) for a, b in zip(model(bands, TIMES), null, strict=True))
 
 
 def test_one_scale_is_a_plain_dit():
     """A DiT block written from its definition, with the weights of ours, gives the same output."""
     model = random_model(num_scales=1, condition_tokens=False)
-    x, t, y = random_bands(model)[0], torch.tensor([0.3, 0.8]), torch.tensor([1, 4])
-    c = F.silu(model.time(t) + model.label(y))
+    x = random_bands(model)[0]
+    c = F.silu(model.time(TIMES) + model.condition(LABELS))
     h = model.patch_in[0](patchify(x, 2)) + model.positions_0
     for block in model.blocks:
         s1, c1, g1, s2, c2, g2 = (p[:, None] for p in block.modulation[0](c).chunk(6, dim=1))
@@ -116,7 +135,7 @@ def test_one_scale_is_a_plain_dit():
         h = h + g1 * block.proj[0](a)
         h = h + g2 * block.mlp[0](F.layer_norm(h, (48,), eps=1e-6) * (1 + c2) + s2)
     expected = unpatchify(model.patch_out[0](h, c), 2, 16, 16)
-    assert torch.allclose(model([x], t, y)[0], expected, atol=1e-5)
+    assert torch.allclose(model([x], TIMES, LABELS)[0], expected, atol=1e-5)
 
 
 def test_patches_are_cut_and_joined():
@@ -135,22 +154,53 @@ def test_positions_are_those_of_dit():
             assert torch.allclose(half, torch.cat([angle.sin(), angle.cos()]), atol=1e-6)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# parameters and FLOPs, in closed form
+
+
+def meta(*arguments, **settings) -> MoTDiT:
+    with torch.device("meta"):
+        return MoTDiT(*arguments, **settings).to("meta")    # its positions too
+
+
+def count_parameters(model: MoTDiT, experts: str, num_classes: int) -> int:
+    d, k, patch = model.hidden_size, model.num_scales, model.in_channels * model.patch_size**2
+    full, qkv = (k if experts == "full" else 1), (k if experts != "none" else 1)
+    block = qkv * (3 * d * d + 3 * d) + full * (15 * d * d + 12 * d)            # 15 = modulation 6, proj 1, mlp 8
+    embed = (256 * d + d) + (d * d + d) + ((num_classes + 1) * d if num_classes else 0)
+    bands = k * ((patch * d + d) + (2 * d * d + 2 * d) + (d * patch + patch))
+    return model.depth * block + embed + bands
+
+
+def attention_pairs(model: MoTDiT, mask: str, stage: int) -> int:
+    """Query-key pairs of one attention with bands 0..stage, condition tokens included."""
+    n = [count + (model.num_cond if i == 0 else 0) for i, count in enumerate(model.num_tokens[: stage + 1])]
+    if mask == "none":
+        return sum(n) ** 2
+    if mask == "causal":
+        return sum(n_i * sum(n[: i + 1]) for i, n_i in enumerate(n))
+    return sum(n_i * (model.num_cond + n_i) for n_i in model.num_tokens[: stage + 1]) + model.num_cond**2
+
+
+def count_flops(model: MoTDiT, experts: str, mask: str, stage: int) -> int:
+    """Matrix products of one forward pass of one image, two FLOPs for each multiply-add."""
+    d, patch, bands = model.hidden_size, model.in_channels * model.patch_size**2, stage + 1
+    tokens, full = sum(model.num_tokens[:bands]), bands if experts == "full" else 1
+    block = (tokens + model.num_cond) * 12 * d * d + 2 * attention_pairs(model, mask, stage) * d + full * 6 * d * d
+    return 2 * (model.depth * block + tokens * 2 * patch * d + bands * 2 * d * d + (256 * d + d * d))
+
+
 @pytest.mark.parametrize("size, million", [("S/2", 33), ("B/2", 130), ("L/2", 457), ("XL/2", 674)])
 def test_parameters_of_one_scale_are_those_of_dit(size, million):
-    with torch.device("meta"):
-        model = MoTDiT(size, num_scales=1, num_classes=1000)
+    model = meta(size, num_scales=1, num_classes=1000)
     # DiT also predicts a variance: 4 more output channels, (D + 1) * 16 parameters that velocity models do not have
-    dit = model.count_parameters() + (model.hidden_size + 1) * 16
-    assert sum(p.numel() for p in model.parameters()) == model.count_parameters()
+    dit = parameters(model) + (model.hidden_size + 1) * 16
     assert dit / 1e6 == pytest.approx(million, rel=0.01)
 
 
 def test_qkv_experts_add_what_the_paper_adds():
     """Section 5 of our specification: L/2 with QKV per scale costs 24 * 3 * (1024^2 + 1024) = 75.6 M more per scale."""
-    count = {}
-    for num_scales in (1, 2, 3):
-        with torch.device("meta"):
-            count[num_scales] = MoTDiT("L/2", resolution=64, num_scales=num_scales, experts="qkv").count_parameters()
+    count = {k: parameters(meta("L/2", resolution=64, num_scales=k, experts="qkv")) for k in (1, 2, 3)}
     assert (count[2] - count[1]) / 1e6 == pytest.approx(75.6 + 2.1, abs=0.2)    # 2.1 M: patches and final layer
     assert (count[3] - count[2]) == (count[2] - count[1])
 
@@ -159,46 +209,50 @@ def test_qkv_experts_add_what_the_paper_adds():
 @pytest.mark.parametrize("experts", ["full", "qkv", "none"])
 @pytest.mark.parametrize("num_scales", [1, 2, 3])
 def test_parameter_count_is_closed_form(num_scales, experts, num_classes):
-    model = MoTDiT((48, 2, 3, 2), 3, 16, num_scales, num_classes, experts)
-    assert model.count_parameters() == sum(p.numel() for p in model.parameters())
+    model = meta((48, 2, 3, 2), 3, 16, num_scales, num_classes, experts)
+    assert parameters(model) == count_parameters(model, experts, num_classes)
 
 
 @pytest.mark.parametrize("condition_tokens", [True, False])
 @pytest.mark.parametrize("experts", ["full", "qkv", "none"])
-@pytest.mark.parametrize("mask", ["causal", "none", "self"])
-def test_flops_are_those_torch_counts(mask, experts, condition_tokens):
-    model = random_model(mask=mask, experts=experts, condition_tokens=condition_tokens)
-    bands = random_bands(model, batch=1)
-    for stage in range(3):
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            model(bands[: stage + 1], torch.tensor([0.9]), torch.tensor([1]))
-        assert model.flops(stage) == counter.get_total_flops()
-    assert model.mean_flops() == sum(model.flops(s) for s in range(3)) / 3
+@pytest.mark.parametrize("mask", READS)
+def test_counted_flops_are_those_of_the_closed_form(mask, experts, condition_tokens):
+    model = meta((48, 2, 3, 2), 2, 16, 3, 5, experts, mask, condition_tokens)
+    assert forward_flops(model) == [count_flops(model, experts, mask, stage) for stage in range(3)]
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_flops_rise_with_the_stages(mask):
+    flops = forward_flops(meta((48, 2, 3, 2), 2, 16, 3, 5, mask=mask))
+    assert 0 < flops[0] < flops[1] < flops[2]
 
 
 def test_dit_flops_are_the_published_ones():
     """DiT's Table 1, G multiply-adds at 256 tokens: S 6.06, B 23.01, L 80.71, XL 118.64."""
     for size, published in (("S/2", 6.06), ("B/2", 23.01), ("L/2", 80.71), ("XL/2", 118.64)):
-        with torch.device("meta"):
-            model = MoTDiT(size, num_scales=1, num_classes=1000, condition_tokens=False)
-        assert model.flops(0) / 2e9 == pytest.approx(published, rel=0.01)
+        (flops,) = forward_flops(meta(size, num_scales=1, num_classes=1000, condition_tokens=False))
+        assert flops / 2e9 == pytest.approx(published, rel=0.01)
 
 
 @pytest.mark.parametrize("num_scales, causal, unmasked", [(2, 0.688, 0.8125), (3, 0.493, 0.608)])
 def test_attention_cost_relative_to_one_scale(num_scales, causal, unmasked):
     """Query-key pairs, mean over the stages, in units of a single-scale layer (paper, Appendix C: 0.608)."""
     for mask, expected in (("causal", causal), ("none", unmasked)):
-        with torch.device("meta"):
-            model = MoTDiT("S/2", num_scales=num_scales, mask=mask, condition_tokens=False)
-        pairs = sum(model.attention_pairs(s) for s in range(num_scales)) / num_scales
+        model = meta("S/2", num_scales=num_scales, mask=mask, condition_tokens=False)
+        pairs = sum(attention_pairs(model, mask, stage) for stage in range(num_scales)) / num_scales
         assert pairs / 256**2 == pytest.approx(expected, abs=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sizes and options
 
 
 def test_sizes():
     assert parse_size("XL/2") == (1152, 28, 16, 2)
     assert parse_size("B/4") == (768, 12, 12, 4)
     assert parse_size("64,2,4,1") == parse_size((64, 2, 4, 1)) == (64, 2, 4, 1)
-    for wrong in ("M/2", "B", "B/x", "B/0", "64,2,4", "66,2,4,2", (64, 2, 5, 2), "B/2/2", ""):
+    assert all(len(parse_size(f"{name}/2")) == 4 for name in SIZES)
+    for wrong in ("Q/2", "B", "B/x", "B/0", "64,2,4", "66,2,4,2", (64, 2, 5, 2), "B/2/2", ""):
         with pytest.raises(UserError, match="size"):
             parse_size(wrong)
 
@@ -214,12 +268,12 @@ def test_a_resolution_that_does_not_fit_says_which_is_nearest():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("mask", ["causal", "none", "self"])
+@pytest.mark.parametrize("mask", MASKS)
 def test_cuda_bfloat16_agrees_with_float32_on_the_cpu(mask):
     model = random_model(mask=mask)
-    bands, t, y = random_bands(model), torch.tensor([0.7, 0.9]), torch.tensor([0, 3])
-    expected = model(bands, t, y)
+    bands = random_bands(model)
+    expected = model(bands, TIMES, LABELS)
     with torch.autocast("cuda", torch.bfloat16), torch.no_grad():
-        ours = model.cuda()([b.cuda() for b in bands], t.cuda(), y.cuda())
+        ours = model.cuda()([b.cuda() for b in bands], TIMES.cuda(), LABELS.cuda())
     for a, b in zip(ours, expected, strict=True):
         assert (a.float().cpu() - b).norm() / b.norm() < 2e-2

@@ -1,134 +1,333 @@
-"""The README tells the truth: its excerpts are the code, its map exists, and its four forks work."""
+"""README.md and docs/ tell the truth: listings are the code, names exist, commands work, forks are complete."""
 
+import gzip
+import json
 import re
+import runpy
+import shlex
 import shutil
+import struct
 import subprocess
 import sys
+import warnings
+from argparse import ArgumentParser
+from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from config import UserError
 from conftest import ROOT
+from run import load, memory, paper
+from scores import table
 
-README = (ROOT / "README.md").read_text()
-TINY = ["--size", "32,2,2,2", "--steps", "3", "--batch", "16", "--solver", "midpoint", "--solver-steps", "4",
+PAGES = {name: (ROOT / name).read_text() for name in (
+    "README.md", "docs/results.md", "docs/paper.md", "docs/scores.md", "CONTRIBUTING.md")}
+README = PAGES["README.md"]
+TABLES = {"digits", "fashion", "presets", "speed", "study", "causal", "mask_cost", "systems", "ablations"}
+TINY = ["--size", "32,2,2,2", "--steps", "6", "--batch", "16", "--solver", "midpoint", "--solver-steps", "4",
         "--num-samples", "12"]
 
 
-def section(title: str) -> str:
-    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+def section(title: str, page: str = README) -> str:
+    return re.split(rf"^## {re.escape(title)}\n", page, flags=re.M)[1].split("\n## ")[0]
 
 
 def blocks(text: str, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.S)
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.S | re.M)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the pages
+
+
+def test_the_readme_is_short_and_in_order():
+    assert len(README.encode()) <= 14_000
+    assert re.findall(r"^## (.*)$", README, flags=re.M) == [
+        "How much code is LapFlow?", "What is measured, and what is not", "The method in five steps",
+        "From the paper to the code", "Fork it", "Recipes", "More"]
+
+
+def test_the_first_listing_is_mini_py():
+    assert blocks(README, "python")[0] == (ROOT / "mini.py").read_text()
+    lines = sum(len((ROOT / name).read_text().splitlines()) for name in ("pyramid.py", "schedule.py", "model.py"))
+    (written,) = re.findall(r"(\d+) lines with comments", README)
+    assert abs(lines - int(written)) < 50
 
 
 def test_excerpts_are_the_code():
     """Parts between lines of three dots stand in the file one after the other, word for word."""
-    found = blocks(section("The idea in five steps"), "python")
-    assert [block.splitlines()[0] for block in found] == [
+    excerpts = blocks(section("The method in five steps"), "python")
+    assert [block.splitlines()[0] for block in excerpts] == [
         f"# {name}.py" for name in ("pyramid", "schedule", "model", "schedule", "sample")]
-    for block in found:
+    for block in excerpts:
         name, _, code = block.partition("\n")
         source, place = (ROOT / name[2:]).read_text(), 0
         for part in re.split(r"^\.\.\.\n", code, flags=re.M):
-            place = source.find(part, place)
+            place = source.find("\n" + part, place)
             assert place >= 0 and len(part) > 50, f"not in {name[2:]}:\n{part}"
             place += len(part)
-        assert 3 <= len(code.splitlines()) <= 15
 
 
 def test_the_map_names_what_is_there():
-    rows = [row.split("|")[1:-1] for row in section("From the paper to the code").split("| file | what")[0].splitlines()
-            if row.startswith("|")][2:]
-    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
-    assert len(rows) >= 12
-    for _, where, proof in rows:
-        assert "](" in where and "`" in proof
-        sources = "".join((ROOT / file).read_text() for file in re.findall(r"\]\((.*?)\)", where))
-        for name in re.findall(r"`(.*?)`", where):
-            assert re.search(rf"^ *(def|class) {name.split('.')[-1]}\b|^{name} = ", sources, flags=re.M), name
+    rows = [row.split("|")[1:-1] for row in section("From the paper to the code").splitlines() if row.startswith("|")]
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    assert len(rows) >= 8
+    for _, where, proof in rows[2:]:
+        for place in re.findall(r"`(.*?)`", where):
+            file, _, name = place.rpartition(".")
+            assert re.search(rf"^(def|class) {name}\b|^{name} = ", (ROOT / f"{file}.py").read_text(), re.M), place
         for name in re.findall(r"`(.*?)`", proof):
             assert f"def {name}(" in tests, name
 
 
-def test_links_and_anchors_lead_somewhere():
-    anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
-               for title in re.findall(r"^#+ (.*)$", README, flags=re.M)}
-    for target in re.findall(r"\]\((?!http)(.*?)\)", README):
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!http)(.*?)\)", PAGES[page]):
         file, _, anchor = target.partition("#")
-        assert (ROOT / file).exists(), target
-        assert not anchor or anchor in anchors, target
+        path = ((ROOT / page).parent / file).resolve() if file else ROOT / page
+        assert path.exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", path.read_text(), flags=re.M)
+            assert anchor in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], target
 
 
-def apply(block: str, folder) -> None:
-    """A diff of the README: files from lines ---, hunks from lines @@, each found by its text."""
-    for part in re.split(r"^--- ", block, flags=re.M)[1:]:
-        name, *hunks = re.split(r"\n@@\n", part)
-        for hunk in hunks:
-            rows = hunk.rstrip("\n").split("\n")
-            old = "\n".join(row[1:] for row in rows if row[:1] != "+")
-            new = "\n".join(row[1:] for row in rows if row[:1] != "-")
-            text = (folder / name).read_text()
-            assert text.count(old) == 1, f"{text.count(old)} times in {name}:\n{old}"
-            (folder / name).write_text(text.replace(old, new))
+def test_every_table_has_one_place():
+    text = "".join(PAGES.values())
+    for name in TABLES:
+        assert len(re.findall(rf"^<!-- {name} -->\n(?:.*\n)+?<!-- /{name} -->$", text, re.M)) == 1, name
+    assert set(re.findall(r"<!-- /?(\w+) -->", text)) == TABLES
+
+
+def test_numbers_in_the_text_are_those_of_the_tables():
+    def row(page, start):
+        return next(line for line in PAGES[page].splitlines() if line.startswith(f"| {start} |"))
+
+    for name in ("LapFlow", "LFM"):
+        (distance,) = re.findall(r"^\| [\w ]+ \| ([\d.]+) ", row("docs/results.md", name))
+        assert distance in section("What is measured, and what is not"), name
+    novelty = [json.loads(line)["novelty"] for line in open(ROOT / "results" / "digits.jsonl")]
+    assert f"digits have {sum(novelty) / len(novelty):.2f}" in README
+
+
+def test_every_score_is_explained():
+    names = {name for row in PAGES["docs/scores.md"].splitlines() if row.startswith("| `")
+             for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    assert set(table.MEANING) | {"swd_N"} <= names
+
+
+def test_the_estimates_for_24_gb():
+    text = section("Recipes")
+    for given, images, words in (
+            (dict(dataset="imagenet", res=256, batch=32), 32, "{} GB for `--dataset imagenet --res 256 --batch 32`"),
+            (dict(dataset="celebahq", res=256), 0, "L/2 takes {} GB before the first image"),
+            (dict(dataset="imagenet", res=256, size="XL/2"), 0, "XL/2 {} GB")):
+        cfg = paper.resolve(given)
+        need = memory.memory_bytes(memory.meta_model(cfg, memory.paper_facts(cfg)), cfg, images) / 1e9
+        assert words.format(round(need)) in text, given
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# commands
+
+
+def commands(page: str) -> list[list[str]]:
+    """The commands of a page as words: of its blocks and in its sentences. Its tables keep those of their day."""
+    text = re.sub(r"<!-- (\w+) -->.*?<!-- /\1 -->", "", (ROOT / page).read_text(), flags=re.S)
+    lines = [line for block in blocks(text, "bash") for line in block.splitlines()] if page in PAGES else []
+    if page.endswith(".sbatch"):
+        lines = re.findall(r"torchrun .*?train.py .*?(?= \|\|)", text.replace("\\\n", ""))
+    lines += re.findall(r"`((?:python|torchrun) [^`]*(?:\.py|-m \w)[^`]*)`", text)
+    return [shlex.split(line, comments=True) for line in lines if line.split("#")[0].strip()]
+
+
+class Parsed(Exception):
+    pass
+
+
+def parse(program: list[str], monkeypatch) -> None:
+    """Starts a program, [train.py, ...] or [-m, data.latents, ...], as far as its command line."""
+    read = ArgumentParser.parse_args
+
+    def parse_args(self, *args, **kwargs):
+        read(self, *args, **kwargs)
+        raise Parsed
+
+    is_module = program[0] == "-m"
+    monkeypatch.setattr(ArgumentParser, "parse_args", parse_args)
+    monkeypatch.setattr(sys, "argv", program[is_module:])
+    with pytest.raises(Parsed), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)     # the module is imported already
+        if is_module:
+            runpy.run_module(program[1], run_name="__main__")
+        else:
+            runpy.run_path(str(ROOT / program[0]), run_name="__main__")
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("page", [*PAGES, "docs/slurm.sbatch"])
+def test_every_command_is_understood(page, monkeypatch):
+    from torch.distributed.run import get_args_parser
+
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    for words in commands(page):
+        if words[0] == "torchrun":
+            of_torchrun = get_args_parser().parse_args(words[1:])
+            program = ["-m"] * of_torchrun.module + [of_torchrun.training_script, *of_torchrun.training_script_args]
+            parse(program, monkeypatch)
+        elif words[0] == "python" and words[1:2] == ["mini.py"]:
+            assert (ROOT / "mini.py").exists()
+        elif words[0] == "python":
+            parse(words[1:], monkeypatch)
+        elif words[0] == "make":
+            assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text(), words
+        else:
+            assert words[0] in ("pip", "pytest", "ruff"), words
+            extras = re.findall(r"\.\[(\w+)\]", " ".join(words))
+            assert all(re.search(rf"^{extra} = \[", (ROOT / "pyproject.toml").read_text(), re.M) for extra in extras)
+
+
+# These need the paper's data, several GPUs or hours; their parts have tests of their own.
+# studies.tables and studies.mask_cost write into docs/.
+UNTRIED = {"celebahq", "faces.npz", "torchrun", "pip", "pytest", "ruff", "make", "studies.tables", "studies.mask_cost",
+           "studies.gpu"}
+SHORTER = {"train.py": TINY, "-m studies.bench compare": ["--sides", "16", "--rounds", "1"],
+           "-m studies.compare": ["--seeds", "1", "--steps", "1", "--size", "32,2,2,2", "--jobs", "2"],
+           "-m studies.solvers": ["-n", "80"]}
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    """A file of Fashion-MNIST."""
+    head = struct.pack(f">{1 + array.ndim}i", 0x800 + array.ndim, *array.shape)
+    path.write_bytes(gzip.compress(head + array.astype(np.uint8).tobytes()))
 
 
 @pytest.fixture
-def fork(tmp_path):
-    for path in [*ROOT.glob("*.py"), ROOT / "baselines", ROOT / "pyproject.toml"]:
-        (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
+def material(tmp_path):
+    """What the commands speak of: two folders of images, with vectors; a small picture; Fashion-MNIST's files."""
+    random = np.random.default_rng(0)
+    for folder in ("my-images", "others"):
+        for i in range(4):
+            (tmp_path / folder / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+            pixels = random.integers(0, 256, (80, 70, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / folder / "ab"[i % 2] / f"{i}.png")
+    np.save(tmp_path / "my-images" / "vectors.npy", random.standard_normal((4, 3)))
+    np.save(tmp_path / "prompts.npy", random.standard_normal((2, 3)))
+    Image.fromarray(np.full((4, 4), 128, np.uint8)).save(tmp_path / "small.png")
+    for name in ("train", "t10k"):
+        write_idx(tmp_path / f"{name}-images-idx3-ubyte.gz", random.integers(0, 256, (40, 28, 28)))
+        write_idx(tmp_path / f"{name}-labels-idx1-ubyte.gz", np.arange(40) % 10)
     return tmp_path
 
 
-def run(fork, *command):
-    done = subprocess.run([sys.executable, *command], cwd=fork, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [name for name in PAGES if name != "CONTRIBUTING.md"])
+def test_every_command_runs(page, material, run_script):
+    """In their order, in one directory, shortened; each page but the README begins with a run of the digits."""
+    todo = [words for words in dict.fromkeys(map(tuple, commands(page))) if not UNTRIED & set(words)]
+    for words in todo if page == "README.md" else [("python", "train.py"), *todo]:
+        line = " ".join(words[1:])
+        if "fashion" in words and "studies.compare" in line:                    # an hour even when shortened
+            continue
+        more = [word for start, words in SHORTER.items() if line.startswith(start) for word in words]
+        program = words[3:] if words[1] == "-m" else words[2:]
+        if "fashion" in words:
+            more += ["--data", "."]
+        run_script(words[2] if words[1] == "-m" else words[1], *program, *more)
+
+
+def test_the_lmdb_of_nvae_becomes_png(tmp_path, monkeypatch):
+    """The listing of docs/paper.md, on a small LMDB."""
+    lmdb = pytest.importorskip("lmdb")
+    monkeypatch.chdir(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3)).astype(np.uint8)
+    with lmdb.open("train.lmdb") as database, database.begin(write=True) as writing:
+        for i, image in enumerate(pixels):
+            writing.put(str(i).encode(), image.tobytes())
+    (listing,) = blocks(PAGES["docs/paper.md"], "python")
+    exec(listing, {})
+    for i, image in enumerate(pixels):
+        assert np.array_equal(np.asarray(Image.open(f"faces/{i:05d}.png")), image)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# forks
+
+FORKS = {part.split()[0].strip(".*:,"): part for part in re.split(r"^\*\*A ", section("Fork it"), flags=re.M)[1:]}
+
+
+def changes(fork: str) -> list[tuple[str, str, str]]:
+    """(file, old text, new text) of a fork: diffs with lines ---, @@, and new files whose first line is their name."""
+    result = []
+    for part in re.split(r"^--- ", "".join(blocks(FORKS[fork], "diff")), flags=re.M)[1:]:
+        name, *hunks = re.split(r"\n@@\n", part)
+        for hunk in hunks:
+            rows = hunk.rstrip("\n").split("\n")
+            result.append((name, *("\n".join(row[1:] for row in rows if row[:1] != sign) for sign in "+-")))
+    return result + [(block.split("\n")[0][2:], "", block) for block in blocks(FORKS[fork], "python")]
+
+
+def copy(folder: Path, *forks: str) -> Path:
+    """The repository with some forks."""
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", ".*_cache", "__pycache__", "*.egg-info", "out",
+                                                                "latents", "judges", "samples"))
+    for name, old, new in [change for fork in forks for change in changes(fork)]:
+        if not old:
+            (folder / name).write_text(new)
+            continue
+        text = (folder / name).read_text()                  # lines are whole, but for a comment at their end
+        places = [match.start() for match in re.finditer(rf"^{re.escape(old)}(?=$| +#|[ ,])", text, flags=re.M)]
+        assert len(places) == 1, f"{len(places)} times in {name}:\n{old}"
+        (folder / name).write_text(text[: places[0]] + new + text[places[0] + len(old) :])
+    return folder
+
+
+def run(folder: Path, *command: str, limit: int = 300) -> str:
+    done = subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True, timeout=limit)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return done.stdout
 
 
-def test_forks(fork):
-    """All four, one after the other, into one copy; each trains, samples and is scored."""
-    text = section("Fork it")
-    dataset, path, mask, method = blocks(text, "diff")
-    for block in (dataset, path, mask, method):
-        apply(block, fork)
-    (new_file,) = blocks(text, "python")
-    (fork / new_file.split("\n")[0][2:]).write_text(new_file)
-    out = run(fork, "train.py", "--dataset", "stripes", *TINY, "--path", "cosine", "--mask", "neighbours",
-              "--num-scales", "3", "--out", "out/stripes")
-    assert "1 x 16 x 16, 3 bands, 2 classes" in out and "frechet_pixel" in out
-    assert "12 generated images" in run(fork, "fid.py", "out/stripes", "--num", "12")
-    out = run(fork, "train.py", *TINY, "--method", "logitnormal", "--num-scales", "1", "--out", "out/mine")
-    assert "1 bands, 10 classes" in out and "frechet_pixel" in out
-    check = """if True:
-        import torch
-        from model import MoTDiT, attention
-        from schedule import PATHS, Schedule
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-        from torch.utils.flop_counter import FlopCounterMode
-        t = torch.linspace(0.4, 0.9, 9, dtype=torch.float64, requires_grad=True)
-        alpha, sigma, d_alpha, d_sigma = Schedule((0.0, 0.3), "cosine").coefficients(1, t)
-        for value, slope in ((alpha, d_alpha), (sigma, d_sigma)):
-            assert torch.allclose(torch.autograd.grad(value.sum(), t)[0], slope)
-        ends = Schedule((0.0, 0.3), "cosine").coefficients(1, torch.tensor([0.3, 1.0]))
-        assert torch.allclose(ends[0], torch.tensor([0.0, 1.0])) and ends[1][1].abs() < 1e-7
+def test_forks_are_small():
+    assert list(FORKS) == ["path", "pyramid", "data", "mask", "method"]
+    files = {fork: {name for name, _, _ in changes(fork)} for fork in FORKS}
+    added = {fork: len(re.findall(r"^\+", FORKS[fork], flags=re.M)) for fork in FORKS}
+    assert files["path"] == {"schedule.py"} and added["path"] <= 5
+    assert files["pyramid"] == {"config.py", "pyramid.py"} and added["pyramid"] <= 20
+    assert files["mask"] == {"model.py"} and added["mask"] <= 5
+    assert len(files["data"]) == 3 and len(files["method"]) == 3
+
+
+def test_forks_train(tmp_path):
+    """All five in one copy: each trains, samples and is scored. This code refuses the run of another pyramid."""
+    fork = copy(tmp_path / "fork", *FORKS)
+    random = np.random.default_rng(0)
+    np.savez(fork / "mine.npz", pixels=random.integers(0, 256, (40, 3, 32, 32)).astype(np.uint8),
+             labels=np.arange(40) % 2)
+    script = """if True:
+        import torch, train
+        from model import attention
+        from run.paper import resolve
+        tiny = dict(size="32,2,2,2", steps=3, batch=16, solver="midpoint", solver_steps=4, num_samples=12)
+        for settings in (dict(dataset="arrays", data="mine.npz", path="cosine", mask="neighbours", num_scales=3),
+                         dict(pyramid="gaussian", out="out/gaussian"), dict(method="logitnormal")):
+            train.train(resolve({**tiny, **settings}), device="cpu")
         q, k, v = ([torch.randn(1, 1, n, 4) for n in (2, 3, 5)] for _ in range(3))
         before = attention(q, k, v, "neighbours", 0)
         v[0] += 1
-        moved = [not torch.equal(a, b) for a, b in zip(before, attention(q, k, v, "neighbours", 0))]
-        assert moved == [True, True, False], moved
-        model = MoTDiT("32,2,2,2", 1, 16, 3, 2, mask="neighbours")
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            model([torch.randn(1, 1, s, s) for s in (4, 8, 16)], torch.tensor([0.9]))
-        assert counter.get_total_flops() == model.flops(2)
+        print([torch.equal(a, b) for a, b in zip(before, attention(q, k, v, "neighbours", 0))])
         """
-    run(fork, "-c", check)
+    out = run(fork, "-c", script)
+    assert "[False, False, True]" in out and out.count("frechet_pixel") == 3 and "dataset arrays" in out
+    with pytest.raises(UserError) as problem:
+        load.load_run(str(fork / "out" / "gaussian"), device="cpu")
+    assert str(problem.value) == "unknown pyramid 'gaussian'; choose one of haar"
 
 
-def test_no_function_is_longer_than_a_screen():
-    import ast
-
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("baselines/*.py"), *ROOT.glob("docs/*.py"), *ROOT.glob("results/*.py")]:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno < 60, f"{path.name}: {node.name}"
+@pytest.mark.slow
+@pytest.mark.parametrize("fork", FORKS)
+def test_the_tests_pass_on_a_fork(fork, tmp_path):
+    """All fast ones but these, whose README is that of the original."""
+    folder = copy(tmp_path / "fork", fork)
+    run(folder, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--ignore=tests/test_readme.py", limit=1800)

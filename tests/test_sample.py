@@ -2,15 +2,17 @@ import numpy as np
 import pytest
 import torch
 
-import gallery
-import sample
+from baselines import lapflow
 from config import Config, UserError
 from conftest import random_model
-from data import ImageRandom
+from data.batches import ImageRandom
+from data.conditions import Labels
 from pyramid import decompose, reconstruct
-from runs import Run, choose_labels
-from sample import Guided, generate, share_steps, solve
-from schedule import Schedule, noise_bands
+from run import gallery
+from run.load import Run
+from run.solver import share_steps
+from sample import Guided, generate, solve
+from schedule import PATHS, Schedule
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Gaussian data x_1 ~ N(0, S): the optimal velocity is linear in the state and known in closed form, so is the flow.
@@ -63,7 +65,7 @@ def flow_matrix(schedule, mask, **solver):
     return [band.flatten(1).T for band in bands], reconstruct(bands).flatten(1).T
 
 
-@pytest.mark.parametrize("path", ["linear", "quadratic", "gvp"])
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("starts", [(0.0,), (0.0, 0.5), (0.0, 0.33, 0.67)])
 def test_unmasked_oracle_reproduces_the_data_covariance(starts, path):
     _, flow = flow_matrix(Schedule(starts, path), "none", rtol=1e-6, atol=1e-6)
@@ -172,7 +174,7 @@ def test_arguments_that_do_not_fit_are_errors(arguments, words):
         solve(lambda bands, t: bands, [torch.zeros(1, 1, 2, 2)], Schedule((0.0,)), **arguments)
 
 
-def test_a_tolerance_that_cannot_be_met_is_said():
+def test_a_tolerance_that_cannot_be_met_is_an_error():
     noise = [torch.ones(1, 1, 2, 2)]
     with pytest.raises(UserError, match="cannot meet rtol 1e-20.*larger tolerances"):
         solve(lambda bands, t: [torch.sin(50 * bands[0] + t)], noise, Schedule((0.0,)), rtol=1e-20, atol=1e-20)
@@ -210,7 +212,7 @@ def test_guidance_does_not_double_the_batch_for_nothing():
     sizes = []
 
     class Model(torch.nn.Module):
-        num_classes = 5
+        condition = Labels("abcde", 4)
 
         def forward(self, bands, t, y):
             sizes.append(len(t))
@@ -232,60 +234,46 @@ def run_of(model, tmp_path, classes=("a", "b", "c", "d", "e"), **settings):
 
 
 @pytest.mark.parametrize("noise", ["pyramid", "independent"])
-def test_an_image_depends_on_its_seed_and_number_only(noise, tmp_path):
+def test_an_image_depends_on_its_seed_and_number_only(noise):
     """Fixed steps: the same up to rounding in any batch. The drawn noise: the same bit for bit."""
-    model, schedule = random_model(), Schedule((0.0, 0.33, 0.67))
+    model, schedule = random_model(), Schedule((0.0, 0.33, 0.67), noise=noise)
     y = torch.arange(6) % 5
 
     def draw(numbers, **solver):
         numbers = list(numbers)
-        return sample.sample(Guided(model), ImageRandom(3, numbers), y[numbers], schedule, (2, 16, 16), noise, **solver)
+        return lapflow.sample(Guided(model), ImageRandom(3, numbers), y[numbers], schedule, (2, 16, 16), solve,
+                              **solver)
 
     whole = draw(range(6), solver="heun", steps=9)
     assert whole.abs().max() > 0.1
     for numbers in (range(2), [5], [4, 1]):
         assert (draw(numbers, solver="heun", steps=9) - whole[list(numbers)]).abs().max() < 1e-5
-    one, many = noise_bands(ImageRandom(3, [4]), (2, 16, 16), 3), noise_bands(ImageRandom(3, range(6)), (2, 16, 16), 3)
+    one, many, other = (schedule.draw_noise(ImageRandom(seed, numbers), (2, 16, 16))
+                        for seed, numbers in ((3, [4]), (3, range(6)), (2, [4])))
     assert all(torch.equal(a[0], b[4]) for a, b in zip(one, many, strict=True))
-    assert not torch.equal(noise_bands(ImageRandom(2, [4]), (2, 16, 16), 3)[2], one[2])
+    assert not torch.equal(other[2], one[2])
     adaptive = draw(range(6)), draw([4])                                        # dopri5: within the tolerance
     assert (adaptive[0][4] - adaptive[1][0]).abs().max() < 1e-3
 
 
 def test_generate_reports_what_it_did(tmp_path):
     run = run_of(random_model(), tmp_path)
-    labels = choose_labels("balanced", 7, run.classes)
-    images, report = generate(run, 7, labels, seed=2, batch=3, cfg_scale=2.0, progress=False, solver="heun", steps=6)
+    y = torch.arange(7) % 5
+    images, report = generate(run, 7, y, seed=2, batch=3, cfg_scale=2.0, progress=False, solver="heun", steps=6)
     assert images.shape == (7, 16, 16, 2) and images.dtype == np.uint8
     assert report["nfe_segments"] == [4, 4, 4] and report["nfe"] == 12 and report["forwards"] == 24
     text = gallery.describe(report)
     assert "4 + 4 + 4 = 12" in text and "24 network passes" in text and "ema at step 7" in text
-    again, _ = generate(run, 7, labels, seed=2, batch=7, cfg_scale=2.0, progress=False, solver="heun", steps=6)
+    again, _ = generate(run, 7, y, seed=2, batch=7, cfg_scale=2.0, progress=False, solver="heun", steps=6)
     assert np.abs(images.astype(int) - again).max() <= 1                        # rounding to 8 bits may differ
 
 
-def test_guidance_without_labels_is_an_error(tmp_path):
+def test_guidance_without_a_condition_or_without_a_null_is_an_error(tmp_path):
     run = run_of(random_model(num_classes=0), tmp_path, classes=())
-    with pytest.raises(UserError, match="guidance needs labels"):
+    with pytest.raises(UserError, match="guidance needs a condition"):
         generate(run, 2, None, cfg_scale=2.0, solver="euler", steps=3)
-    with pytest.raises(UserError, match="guidance needs a null label"):
+    with pytest.raises(UserError, match="guidance needs a null condition"):
         undropped = run_of(random_model(), tmp_path, label_drop=0.0)
-        generate(undropped, 2, np.zeros(2, int), cfg_scale=2.0, solver="euler", steps=3)
+        generate(undropped, 2, torch.zeros(2, dtype=torch.long), cfg_scale=2.0, solver="euler", steps=3)
     images, _ = generate(run, 2, None, progress=False, solver="euler", steps=3)
     assert images.shape == (2, 16, 16, 2)
-
-
-def test_labels():
-    classes = ["cat", "dog", "owl"]
-    assert choose_labels("balanced", 7, classes).tolist() == [0, 1, 2, 0, 1, 2, 0]
-    assert choose_labels("2", 2, classes).tolist() == [2, 2] == choose_labels("owl", 2, classes).tolist()
-    assert choose_labels("balanced", 3, []) is None
-    for wrong in ("3", "-1", "cow", "1.5", ""):
-        with pytest.raises(UserError, match="no label"):
-            choose_labels(wrong, 2, classes)
-    with pytest.raises(UserError, match="without classes"):
-        choose_labels("1", 2, [])
-    numbered = ["1", "9", "10"]                                                 # "1" could be a name or a position
-    assert choose_labels("9", 1, numbered).tolist() == [1] and choose_labels("1", 1, numbered).tolist() == [0]
-    with pytest.raises(UserError, match="names '1' to '10'"):
-        choose_labels("2", 1, numbered)

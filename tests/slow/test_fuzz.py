@@ -1,12 +1,14 @@
-"""Input that nobody meant: thousands of damaged files and settings, of which only a UserError may come; and files from
-strangers, which run no code and lead to no other place. The cases are the same in every run."""
+"""Damaged and hostile input: thousands of broken files and settings, which may only raise a UserError of one sentence;
+and files from strangers, which run no code and lead to no other place. The cases are the same in every run."""
 
 import ast
 import contextlib
+import gzip
 import io
 import json
 import pickle
 import re
+import resource
 import zipfile
 import zlib
 from dataclasses import fields
@@ -19,19 +21,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import checkpoint
+import baselines
 import config
-import data
-import features
-import gallery
-import latents
-import runs
-import sample
-import sources
 from config import Config, UserError
 from conftest import ROOT
+from data import batches, fashion, latents, sources
+from data.conditions import Vectors, choose
+from run import checkpoint, gallery, load, paper
+from scores import features, reference
 
-pytestmark = pytest.mark.filterwarnings("ignore")           # what decoders warn of is not an escape
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]           # decoders may warn
 
 
 def cases(count: int):
@@ -40,7 +39,7 @@ def cases(count: int):
 
 
 def outcome(call, lines: int = 1):
-    """What a call returns, or None after one of our own errors, which says something in so many lines."""
+    """What a call returns, or None after one of our own errors, which has so many lines."""
     try:
         return call()
     except UserError as problem:
@@ -74,12 +73,26 @@ def repacked(raw: bytes, edits: list, member: str) -> bytes:
     return stream.getvalue()
 
 
+@contextlib.contextmanager
+def at_most(gigabytes: float):
+    """More memory than this is refused to the process, so that a test that fails does not take the machine with it."""
+    if not (memory := Path("/proc/self/statm")).exists():
+        pytest.skip("needs Linux")
+    used = int(memory.read_text().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + int(gigabytes * 1e9), limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # images
 
 
 def images_to_damage() -> list[bytes]:
-    rng, exif, found = np.random.default_rng(0), Image.Exif(), []
+    rng, exif, files = np.random.default_rng(0), Image.Exif(), []
     exif[0x0112], exif[0x010E], exif[0x011A] = 6, "text", (1, 2)
     for mode, format, options in (
             ("RGB", "PNG", dict(exif=exif)), ("P", "PNG", {}), ("RGBA", "PNG", {}), ("LA", "PNG", {}),
@@ -92,8 +105,8 @@ def images_to_damage() -> list[bytes]:
         pixels = rng.integers(0, 65536 if deep else 256, (12, 14) if deep else (12, 14, 3))
         image, stream = Image.fromarray(pixels.astype(np.uint16 if deep else np.uint8)), io.BytesIO()
         (image if deep else image.convert(mode)).save(stream, format, **options)
-        found.append(stream.getvalue())
-    return found
+        files.append(stream.getvalue())
+    return files
 
 
 IMAGES = images_to_damage()
@@ -135,7 +148,7 @@ def test_random_bytes_as_images(start, rest):
     assert not check_image(start + rest) or len(start + rest) > 20
 
 
-def test_an_error_that_no_decoder_should_raise_is_still_named():
+def test_an_error_that_no_decoder_should_raise_is_one_sentence_too():
     """The kinds found here and elsewhere; a version of PIL may bring others."""
     for kind in (TypeError, KeyError, IndexError, AttributeError, ZeroDivisionError, OverflowError, MemoryError,
                  EOFError, AssertionError, NotImplementedError, zlib.error, RecursionError):
@@ -161,12 +174,117 @@ def test_damaged_zip_archives(tmp_path_factory, edits):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# vectors and idx files
+
+
+def as_bytes(array) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+VECTORS = [as_bytes(np.arange(6, dtype=kind).reshape(3, 2)) for kind in (np.float32, np.float64, np.int64)]
+
+
+def check_vectors(file: Path) -> bool:
+    """Beside three images, and behind --vectors of a run on two numbers."""
+    array = outcome(lambda: sources.read_vectors(file, 3))
+    assert array is None or (array.shape[0] == 3 and array.dtype == np.float32 and np.isfinite(array).all())
+    y = outcome(lambda: choose(Vectors(2, 8, torch.zeros(1, 2)), 4, vectors=str(file)))
+    assert y is None or (y.shape == (4, 2) and y.isfinite().all())
+    return array is not None and y is not None
+
+
+def test_whole_vectors_are_read(tmp_path):
+    for raw in VECTORS:
+        (tmp_path / "vectors.npy").write_bytes(raw)
+        assert check_vectors(tmp_path / "vectors.npy")
+
+
+@cases(1500)
+@given(st.sampled_from(VECTORS), EDITS)
+def test_damaged_vectors(tmp_path_factory, raw, edits):
+    file = Path(tmp_path_factory.getbasetemp()) / "vectors.npy"
+    file.unlink(missing_ok=True)                            # an old one may be mapped into memory
+    file.write_bytes(damaged(raw, edits))
+    check_vectors(file)
+
+
+@cases(500)
+@given(st.sampled_from([b"", b"\x93NUMPY\x01\x00", b"PK\x03\x04", b"\x80\x04"]), st.binary(max_size=100))
+def test_random_bytes_as_vectors(tmp_path_factory, start, rest):
+    file = Path(tmp_path_factory.getbasetemp()) / "random.npy"
+    file.unlink(missing_ok=True)
+    file.write_bytes(start + rest)
+    assert not check_vectors(file)
+
+
+def idx(*sizes: int, kind: int = 8) -> bytes:
+    header = bytes([0, 0, kind, len(sizes)]) + b"".join(size.to_bytes(4, "big", signed=True) for size in sizes)
+    return header + bytes(i % 10 for i in range(min(10**5, abs(int(np.prod(sizes))))))
+
+
+@pytest.fixture(scope="module")
+def clothes(tmp_path_factory) -> Path:
+    """Fashion-MNIST of ten images."""
+    folder = tmp_path_factory.mktemp("fashion")
+    for split in ("train", "t10k"):
+        (folder / f"{split}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(10, 28, 28)))
+        (folder / f"{split}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(10)))
+    return folder
+
+
+def check_fashion(folder: Path, name: str, raw: bytes) -> bool:
+    file, whole = folder / name, (folder / name).read_bytes()
+    file.write_bytes(raw)
+    dataset = outcome(lambda: fashion.read(str(folder)))
+    file.write_bytes(whole)
+    if dataset is None:
+        return False
+    pixels, labels, fingerprint = dataset
+    assert pixels.shape == (10, 1, 32, 32) and pixels.dtype == np.uint8 and sorted(labels.tolist()) == list(range(10))
+    return len(fingerprint) == 64
+
+
+IMAGES_IDX, LABELS_IDX = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
+
+
+@cases(600)
+@given(st.sampled_from([IMAGES_IDX, LABELS_IDX]), EDITS, st.booleans())
+def test_damaged_idx_files(clothes, name, edits, inside):
+    """inside: the archive is whole, what it holds is not."""
+    raw = (clothes / name).read_bytes()
+    raw = gzip.compress(damaged(gzip.decompress(raw), edits), 1) if inside else damaged(raw, edits)
+    assert check_fashion(clothes, name, raw) or edits
+
+
+@pytest.mark.parametrize("name, content", [
+    (IMAGES_IDX, idx(10, 28)), (IMAGES_IDX, idx(10, 32, 32)), (IMAGES_IDX, idx(9, 28, 28)), (LABELS_IDX, idx(11)),
+    (IMAGES_IDX, idx(2**31 - 1, 28, 28)), (LABELS_IDX, idx(2**31 - 1)), (LABELS_IDX, idx(-1)), (LABELS_IDX, idx(0)),
+    (LABELS_IDX, idx(10, kind=13)), (LABELS_IDX, idx(10)[:-1] + b"\xff"), (LABELS_IDX, idx(10)[:8] + bytes(10)),
+    (LABELS_IDX, b"")])
+def test_idx_files_of_other_data(clothes, name, content):
+    assert not check_fashion(clothes, name, gzip.compress(content))
+
+
+def test_an_idx_file_that_unpacks_to_gigabytes_is_refused(clothes):
+    """A bomb: its header promises ten labels; no more than these are unpacked."""
+    stream = io.BytesIO()
+    with gzip.open(stream, "wb", 1) as file:
+        file.write(idx(10))
+        for _ in range(300):
+            file.write(bytes(2**20))
+    with at_most(0.5):
+        assert not check_fashion(clothes, LABELS_IDX, stream.getvalue())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # settings
 
 NUMBERS = [0, -1, 1, 2, 3, 8, 2**14, 2**31, 2**63, -(2**63), 10**400, 0.5, -0.0, 1e400, -1e400, float("nan"), 1e-9]
 TEXTS = ["", "8,1,1,2", "8,512,1,2", "4,1,1,1", "9" * 300, "99999999,9,9,9", "B/2", "XL/1", "B/0", "٣", "\ud800",
          "a\nb", "../..", "/", "\0", "latent", "pixel", "lfm", "dfm", "edify", "separate", "heun", "folder", "imagenet",
-         "gvp", "celebahq", "someone/vae", "none", "qkv", "batch", "bfloat16"]
+         "gvp", "celebahq", "someone/vae", "none", "qkv", "batch", "bfloat16", "vectors", "haar", "fashion"]
 OTHERS = [None, True, False, [], [[]], [0, 0.5], [0.0, 10**400], [0, float("nan")], ["a"], ["a", 1], {}]
 VALUES = st.sampled_from(NUMBERS + OTHERS) | st.sampled_from(TEXTS) | st.integers() | st.text(max_size=8)
 SETTINGS = [field.name for field in fields(Config)]
@@ -184,10 +302,10 @@ def changed(entries: dict, by: dict) -> dict:
 @cases(2000)
 @given(changes(SETTINGS, 5) | VALUES)
 def test_configurations_from_anywhere(values):
-    found = outcome(lambda: Config.from_dict(changed({}, values) if isinstance(values, dict) else values))
-    if found is not None:
-        assert Config.from_dict(json.loads(json.dumps(found.to_dict()))) == found
-        outcome(lambda: sample.method(found))               # schedule and loss
+    cfg = outcome(lambda: Config.from_dict(changed({}, values) if isinstance(values, dict) else values))
+    if cfg is not None:
+        assert Config.from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg
+        outcome(lambda: baselines.SYSTEMS[cfg.method].schedule(cfg))
 
 
 FLAGS = ["--" + name.replace("_", "-") for name in SETTINGS] + ["--preset", "--pixel", "--latent", "--no-flip", "--x"]
@@ -201,19 +319,19 @@ config.add_config_flags(PARSER)
 @given(st.lists(st.tuples(st.sampled_from(FLAGS), st.none() | WORDS | WORDS | st.text(max_size=8)), max_size=5))
 def test_command_lines(pairs):
     line = [word for pair in pairs for word in pair if word is not None]
-    with contextlib.redirect_stderr(io.StringIO()) as said:
+    with contextlib.redirect_stderr(io.StringIO()) as text:
         try:
-            found = outcome(lambda: config.resolve(vars(PARSER.parse_args(line))))
+            cfg = outcome(lambda: paper.resolve(vars(PARSER.parse_args(line))))
         except SystemExit as stop:                          # argparse's way
-            assert stop.code == 2 and "error: " in said.getvalue() and "Traceback" not in said.getvalue()
+            assert stop.code == 2 and "error: " in text.getvalue() and "Traceback" not in text.getvalue()
             return
-    if found is not None:
-        outcome(lambda: sample.method(found))
+    if cfg is not None:
+        outcome(lambda: baselines.SYSTEMS[cfg.method].schedule(cfg))
 
 
 @pytest.mark.parametrize("line", [[], ["--latent", "--dataset", "folder"], ["--preset", "imagenet-256-XL"]])
 def test_good_command_lines_are_taken(line):                # or the one above would test nothing
-    assert isinstance(config.resolve(vars(PARSER.parse_args(line))), Config)
+    assert isinstance(paper.resolve(vars(PARSER.parse_args(line))), Config)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -239,19 +357,14 @@ def cached(folder: Path, header: bytes, labels=LABELS):
     (folder / "header.json").write_bytes(header)
     (folder / "labels.npy").write_bytes(labels if isinstance(labels, bytes) else as_bytes(labels))
     cfg = Config(dataset="folder", space="latent", vae="someone/vae", res=8, latents=str(folder))
-    found = outcome(lambda: data.open_latents(cfg), lines=3)                    # a command to copy has its own line
-    if found is not None:
-        raw, y = found.read(np.arange(len(found)), np.zeros((len(found), 3)))
-        x1 = found.x1(raw, data.BatchRandom(0, 0, len(found)))
-        assert x1.shape == (len(found), 2, 4, 4) and x1.isfinite().all()
-        assert y is None or 0 <= y.min() <= y.max() < len(found.classes)
-    return found
-
-
-def as_bytes(array) -> bytes:
-    stream = io.BytesIO()
-    np.save(stream, array)
-    return stream.getvalue()
+    dataset = outcome(lambda: batches.open_latents(cfg), lines=3)               # a command to copy has its own line
+    if dataset is not None:
+        count = len(dataset)
+        raw, y = dataset.read(np.arange(count), np.zeros((count, 3)))
+        x1 = dataset.x1(raw, batches.BatchRandom(0, 0, count))
+        assert x1.shape == (count, 2, 4, 4) and x1.isfinite().all()
+        assert y is None or 0 <= y.min() <= y.max() < len(dataset.classes)
+    return dataset
 
 
 def test_a_whole_cache_is_read(cache):
@@ -291,9 +404,9 @@ def test_json_that_no_parser_takes(tmp_path, text):
     (tmp_path / "model.safetensors").touch()
     (tmp_path / "notes-0.jsonl").write_bytes(text + b'\n{"first": 0, "count": 4}\n')
     assert checkpoint.read_lines([tmp_path / "notes-0.jsonl"])[-1] == {"first": 0, "count": 4}
-    for read in (data.read_header, runs.load_run, gallery.open_samples, gallery.read_report):
+    for read in (latents.read_header, load.load_run, gallery.open_samples, gallery.read_report):
         with pytest.raises(UserError):
-            read(tmp_path if read is not runs.load_run else str(tmp_path))
+            read(tmp_path if read is not load.load_run else str(tmp_path))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -304,29 +417,42 @@ def test_json_that_no_parser_takes(tmp_path, text):
 def export(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("export")
     cfg = Config(size="8,1,1,2", res=4)
-    facts = {"channels": 1, "side": 4, "classes": ["a", "b"], "count": 9, "fingerprint": "", "latent": None}
-    runs.export(runs.Run(cfg, runs.build_model(cfg, 1, 2), facts, folder, 5, "ema"), folder)
+    facts = {"channels": 1, "side": 4, "classes": ["a", "b"], "vectors": None, "count": 9, "fingerprint": "",
+             "latent": None}
+    load.export(load.Run(cfg, load.build_model(cfg, facts), facts, folder, 5, "ema"), folder)
     return folder
 
 
-def test_a_whole_export_is_read(export):
-    assert runs.load_run(str(export), device="cpu").step == 5
+@pytest.fixture(scope="module")
+def vector_export(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("vector-export")
+    cfg = Config(size="8,1,1,2", res=4, dataset="folder", condition="vectors")
+    facts = {"channels": 3, "side": 4, "classes": [], "vectors": [5, 2], "count": 9, "fingerprint": "", "latent": None}
+    load.export(load.Run(cfg, load.build_model(cfg, facts, torch.rand(5, 2)), facts, folder, 5, "ema"), folder)
+    return folder
+
+
+def test_a_whole_export_is_read(export, vector_export):
+    assert load.load_run(str(export), device="cpu").step == 5
+    assert load.load_run(str(vector_export), device="cpu").condition.draw(7).shape == (7, 2)
 
 
 @cases(2000)
 @given(changes(["lapflow", "step", "weights", "config", "data"], 1), changes(SETTINGS, 2),
-       changes(["channels", "side", "classes", "latent"], 2))
-def test_configurations_of_exports(export, tmp_path_factory, facts, given_settings, given_data):
-    folder = Path(tmp_path_factory.getbasetemp()) / "changed"
+       changes(["channels", "side", "classes", "vectors", "latent"], 2), st.booleans())
+def test_configurations_of_exports(export, vector_export, tmp_path_factory, facts, given_settings, given_data, vectors):
+    source, folder = vector_export if vectors else export, Path(tmp_path_factory.getbasetemp()) / f"changed-{vectors}"
     folder.mkdir(exist_ok=True)
     if not (folder / "model.safetensors").exists():
-        (folder / "model.safetensors").write_bytes((export / "model.safetensors").read_bytes())
-    whole = json.loads((export / "config.json").read_text())
+        (folder / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
+    whole = json.loads((source / "config.json").read_text())
     whole["config"], whole["data"] = changed(whole["config"], given_settings), changed(whole["data"], given_data)
     (folder / "config.json").write_text(json.dumps(changed(whole, facts)))
-    run = outcome(lambda: runs.load_run(str(folder), device="cpu"))
-    assert run is None or (run.model.in_channels == 1 and len(run.classes) == 2)        # what the weights are for
-    assert run is None or run.facts.get("latent") or run.image_shape[:2] == run.shape[1:]
+    run = outcome(lambda: load.load_run(str(folder), device="cpu"))
+    if run is not None:                                     # what the weights are for
+        assert run.model.in_channels == (3 if vectors else 1) and len(run.classes) == (0 if vectors else 2)
+        assert run.facts.get("latent") or run.image_shape[:2] == run.shape[1:]
+        assert run.condition.draw(3).shape == ((3, 2) if vectors else (3,))
 
 
 @cases(400)
@@ -337,7 +463,7 @@ def test_damaged_exports(export, tmp_path_factory, edits, which):
     for name in ("config.json", "model.safetensors"):
         raw = (export / name).read_bytes()
         (folder / name).write_bytes(damaged(raw, edits) if name == which else raw)
-    outcome(lambda: runs.load_run(str(folder), device="cpu"))
+    outcome(lambda: load.load_run(str(folder), device="cpu"))
 
 
 def test_numbers_in_a_file_ask_for_no_memory(export, tmp_path):
@@ -345,11 +471,16 @@ def test_numbers_in_a_file_ask_for_no_memory(export, tmp_path):
     (tmp_path / "model.safetensors").write_bytes((export / "model.safetensors").read_bytes())
     whole = json.loads((export / "config.json").read_text())
     for settings_, words in (({"size": "16384,3,1,2"}, "do not fit"), ({"size": "8,513,1,2"}, "depth at most 512"),
-                             ({"size": "8,1,1,1", "res": 16384, "num_scales": 1, "starts": [0]}, "tokens")):
+                             ({"size": "8,1,1,1", "res": 16384, "num_scales": 1, "starts": [0]}, "tokens"),
+                             ({"size": "16384,1,1,1", "res": 1024, "num_scales": 1, "starts": [0]}, "")):
         whole["data"]["side"] = settings_.get("res", 4)
         (tmp_path / "config.json").write_text(json.dumps({**whole, "config": {**whole["config"], **settings_}}))
-        with pytest.raises(UserError, match=words):
-            runs.load_run(str(tmp_path), device="cpu")
+        with pytest.raises(UserError, match=words), at_most(4):
+            load.load_run(str(tmp_path), device="cpu")
+    whole["data"] |= {"side": 4, "classes": [], "vectors": [65536, 65536]}      # 16 GB of examples
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    with pytest.raises(UserError, match="do not fit"), at_most(4):
+        load.load_run(str(tmp_path), device="cpu")
 
 
 STATE = {"step": 1, "config": {"res": 4}, "data": {"channels": 1}, "model": {"w": torch.arange(6.0).view(2, 3)},
@@ -376,11 +507,12 @@ def test_damaged_checkpoints(saved, edits, checksums):
 
 @pytest.mark.parametrize("name", STATE)
 def test_a_checkpoint_that_lacks_something_is_refused(tmp_path, name):
-    torch.save({"version": 1, **{k: v for k, v in STATE.items() if k != name}}, tmp_path / "step-00000001.pt")
-    with pytest.raises(UserError, match=f"is none of train.py: it lacks {name}"):
+    state = {"version": checkpoint.VERSION, **{k: v for k, v in STATE.items() if k != name}}
+    torch.save(state, tmp_path / "step-00000001.pt")
+    with pytest.raises(UserError, match=f"is not a train.py checkpoint: it lacks {name}"):
         checkpoint.read(tmp_path / "step-00000001.pt")
     with pytest.raises(UserError):
-        runs.load_run(str(tmp_path))
+        load.load_run(str(tmp_path))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -402,9 +534,9 @@ REFERENCE = npz(mu=np.zeros(3), sigma=np.eye(3), features=np.ones((4, 3), np.flo
 def test_damaged_samples(tmp_path_factory, edits, member):
     file = Path(tmp_path_factory.getbasetemp()) / "samples.npz"
     file.write_bytes(repacked(SAMPLES, edits, member) if member else damaged(SAMPLES, edits))
-    found = outcome(lambda: gallery.read_npz(file))
-    assert edits or found is not None
-    assert found is None or (found[0].dtype == np.uint8 and len(found[0]) == len(found[1]))
+    samples = outcome(lambda: gallery.read_npz(file))
+    assert edits or samples is not None
+    assert samples is None or (samples[0].dtype == np.uint8 and len(samples[0]) == len(samples[1]))
 
 
 @cases(500)
@@ -412,9 +544,9 @@ def test_damaged_samples(tmp_path_factory, edits, member):
 def test_damaged_references(tmp_path_factory, edits, member):
     file = Path(tmp_path_factory.getbasetemp()) / "reference.npz"
     file.write_bytes(repacked(REFERENCE, edits, member) if member else damaged(REFERENCE, edits))
-    found = outcome(lambda: features.load_reference(str(file)))
-    assert edits or found is not None
-    assert found is None or found.cov.shape == 2 * found.mean.shape
+    read = outcome(lambda: reference.load_reference(str(file)))
+    assert edits or read is not None
+    assert read is None or read.cov.shape == 2 * read.mean.shape
 
 
 JOB = {"num": 4, "seed": 0, "format": "png"}
@@ -433,9 +565,9 @@ def test_jobs_and_reports_of_anything(tmp_path_factory, job, report, note):
     (folder / "report.json").write_text(json.dumps(changed(REPORT, report)))
     (folder / "notes-0.jsonl").write_text(json.dumps(changed({"first": 0, "count": 4}, note)))
     outcome(lambda: gallery.open_samples(folder))
-    found = outcome(lambda: gallery.read_report(folder))
-    if found and "nfe_segments" in found:
-        assert gallery.describe(found)
+    read = outcome(lambda: gallery.read_report(folder))
+    if read and "nfe_segments" in read:
+        assert gallery.describe(read)
 
 
 def test_good_reports_are_read(tmp_path):
@@ -473,18 +605,20 @@ def test_a_checkpoint_with_code_is_refused_and_the_code_does_not_run(tmp_path, e
     file = tmp_path / "run" / "step-00000001.pt"
     file.parent.mkdir()
     if kind == "raw pickle":
-        file.write_bytes(pickle.dumps({"version": 1, **STATE, "model": evil}))
+        file.write_bytes(pickle.dumps({"version": checkpoint.VERSION, **STATE, "model": evil}))
     else:
-        torch.save({"version": 1, **STATE, "model": evil}, file, _use_new_zipfile_serialization=kind == "archive")
+        torch.save({"version": checkpoint.VERSION, **STATE, "model": evil}, file,
+                   _use_new_zipfile_serialization=kind == "archive")
     words = "is refused: it holds more than tensors" if kind == "archive" else "cannot be read: File is not a zip"
     for checked in (False, True):
         with pytest.raises(UserError, match=words if not checked else "is refused|cannot be read") as problem:
             checkpoint.read(file, checked=checked)
         assert len(str(problem.value).splitlines()) == 1
     with pytest.raises(UserError, match="no checkpoint of .* can be used"):
-        runs.load_run(str(file.parent))
+        load.load_run(str(file.parent))
+    facts = {"channels": 1, "side": 8, "classes": list("0123456789"), "vectors": None, "latent": None}
     with pytest.raises(UserError, match=words):             # --init FILE
-        runs.fine_tune(runs.build_model(Config(), 1, 10), str(file), [], None)
+        load.fine_tune(load.build_model(Config(), facts), str(file), facts)
 
 
 def test_arrays_with_code_are_refused(tmp_path, evil, cache):
@@ -492,13 +626,13 @@ def test_arrays_with_code_are_refused(tmp_path, evil, cache):
     file = tmp_path / "x.npz"
     for arrays, read in ((dict(images=objects), gallery.read_npz), (dict(arr_0=objects), gallery.read_npz),
                          (dict(images=np.zeros((3, 4, 4, 3), np.uint8), labels=objects), gallery.read_npz),
-                         (dict(mu=objects, sigma=objects), features.load_reference),
-                         (dict(mu=np.zeros(3), sigma=np.eye(3), how=objects), features.load_reference)):
+                         (dict(mu=objects, sigma=objects), reference.load_reference),
+                         (dict(mu=np.zeros(3), sigma=np.eye(3), how=objects), reference.load_reference)):
         file.write_bytes(npz(**arrays))
         with pytest.raises(UserError, match="Object arrays cannot be loaded"):
             read(str(file))
     file.write_bytes(pickle.dumps(evil))
-    for read in (gallery.read_npz, features.load_reference):
+    for read in (gallery.read_npz, reference.load_reference):
         with pytest.raises(UserError):
             read(str(file))
     for labels in (objects, pickle.dumps(evil)):
@@ -509,8 +643,8 @@ def test_weights_with_code_are_refused(tmp_path, evil, export):
     (tmp_path / "config.json").write_bytes((export / "config.json").read_bytes())
     for raw in (pickle.dumps(evil), torch_bytes({"w": evil})):
         (tmp_path / "model.safetensors").write_bytes(raw)
-        with pytest.raises(UserError, match="is no export"):
-            runs.load_run(str(tmp_path))
+        with pytest.raises(UserError, match="is not an export"):
+            load.load_run(str(tmp_path))
 
 
 def torch_bytes(what) -> bytes:
@@ -525,7 +659,7 @@ def test_an_autoencoder_with_code_is_refused(tmp_path, evil):
     AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, layers_per_block=1).save_config(tmp_path / "vae")
     for raw in (pickle.dumps(evil), torch_bytes({"encoder.conv_in.weight": evil})):
         (tmp_path / "vae" / "diffusion_pytorch_model.bin").write_bytes(raw)
-        with pytest.raises(UserError, match="no AutoencoderKL of diffusers"):
+        with pytest.raises(UserError, match="AutoencoderKL"):
             latents.Autoencoder(str(tmp_path / "vae"), "cpu")
 
 
@@ -553,7 +687,7 @@ def test_paths_in_an_export_are_not_followed(tmp_path, export, monkeypatch):
     paths = {name: str(elsewhere) for name in ("data", "latents", "out", "init")}
     (tmp_path / "x" / "config.json").write_text(json.dumps({**whole, "config": {
         **whole["config"], **paths, "dataset": "folder"}}))
-    run = runs.load_run(str(tmp_path / "x"), device="cpu")
+    run = load.load_run(str(tmp_path / "x"), device="cpu")
     assert str(elsewhere) not in str(run.cfg)
     monkeypatch.chdir(tmp_path)
     latent = {"name": "x", "sha256": "", "shift": [0.0], "scale": [1.0]}
@@ -562,17 +696,17 @@ def test_paths_in_an_export_are_not_followed(tmp_path, export, monkeypatch):
         whole["config"] = {**whole["config"], "dataset": "folder", "space": "latent", "vae": vae}
         (tmp_path / "x" / "config.json").write_text(json.dumps(whole))
         with pytest.raises(UserError, match="name it yourself with --vae"):
-            runs.load_run(str(tmp_path / "x"), device="cpu")
-        assert runs.load_run(str(tmp_path / "x"), device="cpu", vae="mine").cfg.vae == "mine"
+            load.load_run(str(tmp_path / "x"), device="cpu")
+        assert load.load_run(str(tmp_path / "x"), device="cpu", vae="mine").cfg.vae == "mine"
     whole["config"]["vae"] = "someone/vae"                  # a name on the hub
     (tmp_path / "x" / "config.json").write_text(json.dumps(whole))
-    assert runs.load_run(str(tmp_path / "x"), device="cpu").cfg.vae == "someone/vae"
+    assert load.load_run(str(tmp_path / "x"), device="cpu").cfg.vae == "someone/vae"
 
 
-def test_an_export_does_not_tell_where_things_were(tmp_path):
+def test_an_export_does_not_contain_the_places_of_its_run(tmp_path):
     cfg = Config(size="8,1,1,2", res=4, dataset="folder", data="/home/me/photos", out="/home/me/out", init="/home/me/i")
-    facts = {"channels": 3, "side": 4, "classes": [], "count": 9, "fingerprint": "", "latent": None}
-    runs.export(runs.Run(cfg, runs.build_model(cfg, 3, 0), facts, tmp_path, 5, "ema"), tmp_path)
+    facts = {"channels": 3, "side": 4, "classes": [], "vectors": None, "count": 9, "fingerprint": "", "latent": None}
+    load.export(load.Run(cfg, load.build_model(cfg, facts), facts, tmp_path, 5, "ema"), tmp_path)
     assert b"/home/me" not in b"".join(file.read_bytes() for file in tmp_path.iterdir())
 
 
@@ -585,7 +719,7 @@ def test_paths_in_headers_and_jobs_are_not_followed(tmp_path, cache, monkeypatch
         (tmp_path / "notes-0.jsonl").write_text('{"first": 0, "count": 4}')
         outcome(lambda: gallery.open_samples(tmp_path))
     assert all(Path(where).resolve().is_relative_to(tmp_path) for _, where in opened)
-    assert not gallery.Gallery(tmp_path, {}, "shards", None).there({"first": 0, "count": 1})
+    assert not gallery.Gallery(tmp_path, {}, "shards", None).written({"first": 0, "count": 1})
     (tmp_path / "notes-0.jsonl").write_text('{"first": "../../x", "count": 1}')
     assert gallery.Gallery(tmp_path, {}, "shards", None).notes() == []
 
@@ -617,7 +751,7 @@ def calls_of(tree):
 
 def problems_of(source: str) -> list[str]:
     """Lines that would run what a file says."""
-    tree, found = ast.parse(source), []
+    tree, problems = ast.parse(source), []
     used = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)
             and n.value.id == "pickle"}
     for name, given_, line in calls_of(tree):
@@ -626,15 +760,15 @@ def problems_of(source: str) -> list[str]:
                 name in ("eval", "exec", "compile", "__import__", "os.system", "marshal.loads", "yaml.load")) or (
                 name.startswith("pickle.") or name.endswith((".extractall", ".extract"))) or (
                 given_.get("shell") == "True"):
-            found.append(f"{name} in line {line}")
+            problems.append(f"{name} in line {line}")
     for node in ast.walk(tree):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else (
             [node.module or ""] if isinstance(node, ast.ImportFrom) else [])
         for name in names:
             if name in ("dill", "joblib", "cloudpickle", "shelve", "marshal") or (
                     name == "pickle" and (isinstance(node, ast.ImportFrom) or used != {"UnpicklingError"})):
-                found.append(f"import {name} in line {node.lineno}")
-    return found
+                problems.append(f"import {name} in line {node.lineno}")
+    return problems
 
 
 def test_no_source_file_runs_what_a_file_says():

@@ -6,13 +6,17 @@ from html.parser import HTMLParser
 
 import pytest
 
+from config import UserError
 from conftest import ROOT
+from docs import page as builder
+
+pytestmark = pytest.mark.slow
 
 VOID = {"area", "br", "col", "hr", "img", "input", "link", "meta", "source", "wbr"}
 
 
 class Page(HTMLParser):
-    """Everything the tests ask for: (tag, attributes) of all, text by kind, lines of code by anchor."""
+    """What the tests look at: (tag, attributes) of all, text by kind, lines of code by anchor."""
 
     def __init__(self, html: str):
         super().__init__()
@@ -51,14 +55,6 @@ class Page(HTMLParser):
                 self.lines[attributes["id"]] = (self.lines[attributes["id"]] or "") + data
 
 
-@pytest.fixture
-def page(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "docs")
-    import page
-
-    return page
-
-
 def check(html: str) -> Page:
     """What holds of every page."""
     read = Page(html)
@@ -80,12 +76,12 @@ def check(html: str) -> Page:
     return read
 
 
-def test_the_page_of_this_repository(run_script, tmp_path, page):
-    run_script("docs/page.py", tmp_path / "index.html")
+def test_the_page_of_this_repository(run_script, tmp_path):
+    run_script("docs.page", tmp_path / "index.html")
     html = (tmp_path / "index.html").read_text()
     read = check(html)
     assert len(html) < 600_000
-    for file in page.FILES:
+    for file in builder.FILES:
         prose = re.sub(r"\W", "", read.prose[file])
         for n, line in enumerate((ROOT / file).read_text().splitlines(), 1):
             if f"{file}-{n}" in read.lines:
@@ -96,8 +92,8 @@ def test_the_page_of_this_repository(run_script, tmp_path, page):
             assert f'href="#{file}:{name}"' in html
 
 
-def test_what_a_readme_can_hold(page):
-    html = page.page(r"""# Name
+def test_what_a_readme_can_hold():
+    html = builder.page(r"""# Name
 
 Inline $x_t = \alpha\,x_1$, $`a_{1}`$, \$5 and `$HOME`; $\mathcal N(0, I)$, $\mathcal L$, $\boldsymbol\theta$, $\sim$.
 
@@ -130,13 +126,13 @@ $$
     assert {"#model.py", "#model.py-30", "#baselines/__init__.py", "../LOG.md", "#a-b-c"} <= set(links)
 
 
-def test_a_formula_that_cannot_be_shown_is_named(page):
+def test_a_formula_that_cannot_be_shown_is_named():
     for tex in (r"\unknown x", "a & b"):
-        with pytest.raises(SystemExit, match="error: README.md: .* in the formula"):
-            page.page(f"# Name\n\n${tex}$\n")
+        with pytest.raises(UserError, match="README.md: .* in the formula"):
+            builder.page(f"# Name\n\n${tex}$\n")
 
 
-def test_sections(page):
+def test_sections():
     source = '''"""Module."""
 
 import a  # kept
@@ -168,20 +164,21 @@ def h():
         """Inner."""
     return inner
 '''
-    found = [(s.name, s.comments, s.code) for s in page.sections(source)]
-    assert found == [("", ["Module."], [3]), ("", ["A comment\nof two lines."], [7, 8, 9, 10]), ("A", ["Class."], [12]),
+    parts = [(s.name, s.comments, s.code) for s in builder.sections(source)]
+    assert parts == [("", ["Module."], [3]), ("", ["A comment\nof two lines."], [7, 8, 9, 10]), ("A", ["Class."], [12]),
                      ("A.f", ["Method."], [15, 16]), ("", ["why"], [19]), ("A.g", [], [21]),
                      ("", ["---------\npart"], []), ("h", [], [27]), ("h.inner", ["Inner."], [28]), ("", [], [30])]
 
 
-def test_comments_as_prose(page):
-    assert page.prose("a `b` < c  # not in paper: d") == "<p>a <code>b</code> &lt; c  <mark>not in paper</mark>: d</p>"
-    assert page.prose("--------------\nthe method") == "<hr><h4>the method</h4>"
-    assert page.prose("* a\n  b\n* c") == "<ul><li>a\n  b</li><li>c</li></ul>"
-    assert page.prose("    x = y    y = z") == '<pre class="line">x = y    y = z</pre>'
-    assert page.prose("    python a.py --b      does it\n    python c.py") == (
+def test_comments_as_prose():
+    assert builder.prose("a `b` < c  # not in paper: d") == (
+        "<p>a <code>b</code> &lt; c  <mark>not in paper</mark>: d</p>")
+    assert builder.prose("--------------\nthe method") == "<hr><h4>the method</h4>"
+    assert builder.prose("* a\n  b\n* c") == "<ul><li>a\n  b</li><li>c</li></ul>"
+    assert builder.prose("    x = y    y = z") == '<pre class="line">x = y    y = z</pre>'
+    assert builder.prose("    python a.py --b      does it\n    python c.py") == (
         '<table class="long"><tr><td>python a.py --b</td><td>does it</td></tr><tr><td>python c.py</td></tr></table>')
-    assert page.prose("One:\n\n    x = 1\n      + 2") == "<p>One:</p>\n<pre>x = 1\n  + 2</pre>"
+    assert builder.prose("One:\n\n    x = 1\n      + 2") == "<p>One:</p>\n<pre>x = 1\n  + 2</pre>"
     rows = "<tr><td>name</td><td>what it is, on two lines</td></tr><tr><td>a_longer_one</td><td>also</td></tr>"
-    assert page.prose("f(x, and, more) -> y\nname       what it is,\n           on two lines\na_longer_one  also"
+    assert builder.prose("f(x, and, more) -> y\nname       what it is,\n           on two lines\na_longer_one  also"
                       ) == f"<p>f(x, and, more) -&gt; y</p>\n<table>{rows}</table>"

@@ -2,34 +2,41 @@
 
 import re
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import runs
 import train
 from config import UserError
 from conftest import ROOT, random_model, tiny
+from docs import figures, hero, steps
+from run import load
 
-sys.path.insert(0, str(ROOT / "docs"))
-import figures  # noqa: E402
-import hero  # noqa: E402
-import steps  # noqa: E402
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     cfg = tiny(tmp_path_factory.mktemp("figures"), steps=2, save_every=2, log_every=1)
-    train.main(cfg, device="cpu")
-    return runs.load_run(cfg.out, device="cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "finish", lambda job: {})
+        train.train(cfg, device="cpu")
+    return load.load_run(cfg.out, device="cpu")
 
 
-def draw(tmp_path, *names, **given):
-    figures.main(SimpleNamespace(**{**dict(only=names, run=None, compare=str(tmp_path), out=str(tmp_path)), **given}))
-    return [tmp_path / f"{name}.png" for name in names]
+@pytest.fixture
+def draw(tmp_path, monkeypatch):
+    """draw("hero", run=DIR): the files that python -m docs.figures draws."""
+    def call(*names, **given):
+        flags = {"compare": tmp_path, "out": tmp_path, **given}
+        monkeypatch.setattr(sys, "argv", ["figures", *(["--only", *names] if names else []),
+                                          *(str(word) for name in flags for word in (f"--{name}", flags[name]))])
+        figures.main()
+        return [tmp_path / f"{name}.png" for name in names]
+
+    return call
 
 
 def check(path, most=150_000):
@@ -44,18 +51,18 @@ def check(path, most=150_000):
 def test_every_name_has_a_function_and_every_picture_of_the_readme_a_name():
     assert {*figures.PLAIN, *figures.OF_A_RUN, "systems"} == set(figures.NAMES)
     assert not figures.PLAIN.keys() & figures.OF_A_RUN.keys()
-    shown = re.findall(r"\]\(docs/([\w-]+)\.(?:png|gif)\)", (ROOT / "README.md").read_text())
-    assert shown and set(shown) <= set(figures.NAMES)
+    pages = "".join((ROOT / name).read_text() for name in ("README.md", "docs/results.md"))
+    pictures = re.findall(r"\]\((?:docs/)?([\w-]+)\.(?:png|gif)\)", pages)
+    assert len(set(pictures)) > 10 and set(pictures) <= set(figures.NAMES)
 
 
-def test_pictures_without_a_run(tmp_path):
-    for path in draw(tmp_path, "step1-pyramid", "step2-schedule", "step3-mask", "mask_cost", "study", "systems-flops"):
+def test_pictures_without_a_run(draw):
+    for path in draw("step1-pyramid", "step2-schedule", "step3-mask", "mask_cost", "study", "systems-flops"):
         check(path)
 
 
-def test_pictures_of_a_run(tmp_path, run):
-    names = "hero", "step4-training", "step5-sampling", "loss", "trajectory"
-    for path in draw(tmp_path, *names, run=str(run.folder)):
+def test_pictures_of_a_run(draw, run):
+    for path in draw("hero", "step4-training", "step5-sampling", "loss", "trajectory", run=run.folder):
         check(path)
 
 
@@ -72,10 +79,8 @@ def test_the_animation(tmp_path, run):
     assert all((a != b).any() for a, b in zip(last, last[1:], strict=False))
 
 
-@pytest.mark.slow
-def test_pictures_that_sample_py_draws(tmp_path, run):
-    names = "samples", "previews", "refined", "variations", "upsampled"
-    for path in draw(tmp_path, *names, run=str(run.folder)):
+def test_pictures_of_generated_images(draw, run):
+    for path in draw("samples", "previews", "refined", "variations", "upsampled", run=run.folder):
         assert np.asarray(Image.open(path).convert("L")).std() > 5
 
 
@@ -87,19 +92,19 @@ def test_the_mask_is_the_codes():
     assert (reads == expected).all()
 
 
-def test_the_steps_of_dopri5_are_found_again():
-    """Against the steps that torchdiffeq itself says it kept, with some that it did not."""
+def test_the_steps_of_dopri5_are_recognised():
+    """Against the steps that torchdiffeq reports as accepted, with some that it refused."""
     from torchdiffeq import odeint
 
     class Field(torch.nn.Module):
-        times, kept, refused = [], [], 0
+        times, accepted, refused = [], [], 0
 
         def forward(self, t, x):
             self.times.append(t.item())
             return torch.cos(60 * t.square()) * 40 - x
 
         def callback_accept_step(self, t0, x, dt):
-            self.kept.append((t0 + dt).item())
+            self.accepted.append((t0 + dt).item())
 
         def callback_reject_step(self, t0, x, dt):
             self.refused += 1
@@ -107,23 +112,24 @@ def test_the_steps_of_dopri5_are_found_again():
     field = Field()
     odeint(field, torch.zeros(1, 1, dtype=torch.float64), torch.tensor([0.0, 1.0], dtype=torch.float64), rtol=1e-4,
            atol=1e-4, method="dopri5", options={"step_t": torch.tensor([1.0], dtype=torch.float64)})
-    found = steps.accepted(field.times, 1.0)
-    assert field.refused and np.allclose([t for t, _ in found], field.kept)
-    assert found[-1][1] == len(field.times)
+    steps_of = steps.accepted(field.times, 1.0)
+    assert field.refused and np.allclose([t for t, _ in steps_of], field.accepted)
+    assert steps_of[-1][1] == len(field.times)
 
 
-def test_what_it_refuses(tmp_path, run, capsys, monkeypatch):
+def test_errors(tmp_path, draw, run, capsys, monkeypatch):
     with pytest.raises(UserError, match="systems.png stays as it is"):
-        draw(tmp_path, "systems")
+        draw("systems")
     monkeypatch.setattr(figures, "NAMES", ("systems", "step3-mask"))
-    draw(tmp_path, only=None)                               # the others are drawn
+    draw()                                                  # the others are drawn
     assert "systems.png stays as it is" in capsys.readouterr().out and (tmp_path / "step3-mask.png").exists()
+    monkeypatch.setattr(figures, "NAMES", ("hero", "step3-mask"))
     with pytest.raises(UserError, match="no run directory"):
-        draw(tmp_path, "hero", run=str(tmp_path / "nowhere"))
-    other = runs.Run(tiny(tmp_path, num_scales=1), random_model(), run.facts, run.folder, 1, "raw")
-    monkeypatch.setattr(runs, "load_run", lambda *_, **__: other)
+        draw("hero", run=tmp_path / "nowhere")
+    other = load.Run(tiny(tmp_path, num_scales=1), random_model(), run.facts, run.folder, 1, "raw")
+    monkeypatch.setattr(load, "load_run", lambda *_, **__: other)
     with pytest.raises(UserError, match="two bands"):
-        draw(tmp_path, "hero", run=str(run.folder))
+        draw("hero", run=run.folder)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        draw(tmp_path, "step3-mask", out=str(tmp_path / "file"))
+        draw("step3-mask", out=tmp_path / "file")
