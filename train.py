@@ -239,7 +239,7 @@ def train(cfg: Config, fresh: bool = False, device: str | None = None, record: s
         old = resume(job, fresh)
         resumed_at = job.step
         if ranks.first:
-            checkpoint.describe(Path(cfg.out), cfg.to_dict(), finished=job.step >= cfg.steps)
+            checkpoint.write_config(Path(cfg.out), cfg.to_dict(), finished=job.step >= cfg.steps)
         ranks.say(memory.summary(job.model, cfg, job.parts, ranks))
         ranks.first_does(trained(job).ready)                # what samples need: if it is missing, say so now
         stop.immediate = False                              # from here on a signal lets the step end: save, and return

@@ -48,7 +48,7 @@ def prepare(run: Path, fresh: bool, room: int) -> None:
                         f"{run}: choose another directory with --out, or keep fewer with --keep")
 
 
-def describe(run: Path, config: dict, finished: bool) -> None:
+def write_config(run: Path, config: dict, finished: bool) -> None:
     """Writes config.json; removes the scores of a shorter run."""
     (run / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if not finished:

@@ -17,6 +17,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -219,7 +220,9 @@ def check_record(file: str | Path | None) -> None:
 
 
 def commit() -> str:
-    """Of this code; "-dirty" with changes."""
+    """Of this code; "-dirty" with changes, "" without git."""
+    if not shutil.which("git"):
+        return ""
     git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False,
                          cwd=Path(__file__).parent)
     return git.stdout.strip()

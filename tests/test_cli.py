@@ -1,5 +1,6 @@
 """The programs as a user runs them: help, errors in one sentence, outputs, and every command of the README."""
 
+import gzip
 import json
 import re
 import runpy
@@ -168,30 +169,51 @@ def test_the_readme_shows_what_the_results_say(program):
     program("studies.tables", "--check")
 
 
-def commands_of_the_readme() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
-    return [line.split("#")[0].strip() for block in blocks for line in block.splitlines()
-            if line.startswith("python ") and " DIR " not in line]              # without the reader's own data
+def commands_of(page: str) -> list[str]:
+    """Those that a machine with Python alone can run."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), flags=re.S)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line.startswith("python ") and "DIR" not in line.split()      # the reader's data
+            and "studies.gpu" not in line and not ("compare" in line and "fashion" in line)]
+
+
+def make_inputs(folder) -> None:
+    """The files that the commands name."""
+    for i, name in product(range(4), ("my-images", "others")):                  # too few to score: that is reported
+        (folder / name / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        noise = np.random.default_rng(i).integers(0, 256, (80, 70, 3)).astype(np.uint8)
+        Image.fromarray(noise).save(folder / name / "ab"[i % 2] / f"{i}.png")
+    np.save(folder / "my-images" / "vectors.npy", np.arange(8.0).reshape(4, 2))
+    np.save(folder / "prompts.npy", np.arange(6.0).reshape(3, 2))
+    Image.fromarray(np.full((4, 4), 128, np.uint8)).save(folder / "small.png")
+    (folder / "clothes").mkdir()
+    for name, sizes in (("images-idx3", (40, 28, 28)), ("labels-idx1", (40,))):
+        header = bytes([0, 0, 8, len(sizes)]) + b"".join(size.to_bytes(4, "big") for size in sizes)
+        content = (np.arange(np.prod(sizes)) % 10).astype(np.uint8).tobytes()
+        for split in ("train", "t10k"):
+            (folder / "clothes" / f"{split}-{name}-ubyte.gz").write_bytes(gzip.compress(header + content))
 
 
 @pytest.mark.slow
-def test_every_command_of_the_readme_runs(run_script, tmp_path):
-    """In their order, in one directory; training is shortened, and the folder that they name is made here."""
-    for i, folder in product(range(4), ("my-images", "others")):                # too few to score: that is reported
-        (tmp_path / folder / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
-        noise = np.random.default_rng(i).integers(0, 256, (80, 70, 3)).astype(np.uint8)
-        Image.fromarray(noise).save(tmp_path / folder / "ab"[i % 2] / f"{i}.png")
-    Image.fromarray(np.full((4, 4), 128, np.uint8)).save(tmp_path / "small.png")
-    commands = commands_of_the_readme()
-    assert {"python train.py", "python sample.py", "python fid.py"} <= set(commands)
-    for command in commands:
-        name, *arguments = [word for word in shlex.split(command)[1:] if word != "-m"]
-        if name == "mini.py":                               # it has a test of its own
-            continue
-        if name == "train.py":
-            arguments += QUICK
-        if name == "studies.compare":
-            arguments += ["--seeds", "1", "--steps", "1", "--size", "32,2,2,2", "--jobs", "2"]
-        if name == "studies.bench":
-            arguments += ["--sides", "16", "--rounds", "1"]
-        run_script(name, *arguments)
+def test_every_command_of_the_pages_runs(run_script, tmp_path):
+    """In their order, in one directory, where the digits are the newest run as a page begins. Training is shortened."""
+    make_inputs(tmp_path)
+    pages = {page: commands_of(page) for page in ("README.md", "docs/scores.md", "docs/paper.md", "docs/results.md")}
+    assert {"python train.py", "python sample.py", "python fid.py", "python -m studies.plan"} <= {
+        command for commands in pages.values() for command in commands}
+    few = {"train.py": [*QUICK, "--num-samples", "40"], "studies.solvers": ["-n", "20", "--batch", "20"],
+           "studies.compare": ["--seeds", "1", "--steps", "1", "--size", "32,2,2,2", "--jobs", "2"],
+           "studies.bench": ["--sides", "16", "--rounds", "1"]}
+    for commands in pages.values():
+        for checkpoint in (tmp_path / "out" / "digits").glob("step-*.pt"):
+            checkpoint.touch()
+        for command in commands:
+            name, *arguments = [word for word in shlex.split(command)[1:] if word != "-m"]
+            if "--dry-run" not in arguments and "count" not in arguments:
+                arguments += few.get(name, [])
+            if "--dataset fashion" in command:
+                arguments += ["--data", "clothes"]
+            if "--dataset folder" in command:
+                arguments += ["--size", "32,2,2,4"]         # larger images, fewer tokens
+            print(name, *arguments)
+            run_script(name, *arguments)

@@ -285,8 +285,8 @@ def test_costs_of_a_network_on_vectors_are_counted(on_vectors):
 def test_brightness_asked_for_is_brightness_drawn(tmp_path, unscored):
     """Digits conditioned on their mean brightness alone."""
     folder = folder_of_digits(tmp_path / "images", 1797)
-    cfg = config.Config(dataset="folder", data=str(folder), condition="vectors", flip=False, size="64,3,2,2", steps=600,
-                        batch=64, lr=5e-3, warmup=50, ema=0.98, save_every=600, out=str(tmp_path / "run"))
+    cfg = config.Config(dataset="folder", data=str(folder), condition="vectors", flip=False, size="64,3,2,2", steps=800,
+                        batch=64, lr=5e-3, warmup=50, ema=0.98, save_every=800, out=str(tmp_path / "run"))
     train.train(cfg, device="cpu")
     run, known = load.load_run(cfg.out, device="cpu"), np.load(folder / "vectors.npy")
     y = torch.linspace(*np.quantile(known, [0.02, 0.98]).tolist(), 200)[:, None]

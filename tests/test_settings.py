@@ -66,47 +66,47 @@ def watch(cfg: Config, patch: pytest.MonkeyPatch, **options) -> SimpleNamespace:
     order      what happened, in order: "step", "average", "line", "save"
     saved      what was saved: step, weights, averaged weights
     """
-    seen = SimpleNamespace(cfg=cfg, losses=[], passes=[], tokens=[], dtypes=[], steps=[], averages=[], order=[],
+    trace = SimpleNamespace(cfg=cfg, losses=[], passes=[], tokens=[], dtypes=[], steps=[], averages=[], order=[],
                            saved=[], model=None)
     system, handles = baselines.SYSTEMS[cfg.method], []
     loss, update, save, write = system.loss, train.update_ema, checkpoint.save, log.Log.write
 
     def watched_loss(model, x1, y, schedule, rng):
-        if seen.model is None:
-            seen.model, seen.start, block = model, clone(model.named_parameters()), model.blocks[0]
-            handles.append(model.register_forward_pre_hook(lambda m, inputs: seen.passes.append(
-                SimpleNamespace(step=len(seen.steps), bands=[x.detach() for x in inputs[0]], t=inputs[1]))))
-            handles.append(block.register_forward_pre_hook(lambda m, inputs: seen.tokens.append(
+        if trace.model is None:
+            trace.model, trace.start, block = model, clone(model.named_parameters()), model.blocks[0]
+            handles.append(model.register_forward_pre_hook(lambda m, inputs: trace.passes.append(
+                SimpleNamespace(step=len(trace.steps), bands=[x.detach() for x in inputs[0]], t=inputs[1]))))
+            handles.append(block.register_forward_pre_hook(lambda m, inputs: trace.tokens.append(
                 [x.shape[1] for x in inputs[0]])))
-            handles.append(block.qkv[0].register_forward_hook(lambda m, inputs, out: seen.dtypes.append(out.dtype)))
-        seen.losses.append(SimpleNamespace(step=len(seen.steps), x1=x1, y=y, first=rng.rows.start))
+            handles.append(block.qkv[0].register_forward_hook(lambda m, inputs, out: trace.dtypes.append(out.dtype)))
+        trace.losses.append(SimpleNamespace(step=len(trace.steps), x1=x1, y=y, first=rng.rows.start))
         return loss(model, x1, y, schedule, rng)
 
     def before(optimizer, *_):
         (group,) = optimizer.param_groups
-        seen.steps.append(SimpleNamespace(
+        trace.steps.append(SimpleNamespace(
             group={key: value for key, value in group.items() if key != "params"},
-            grads={name: p.grad.clone() for name, p in seen.model.named_parameters() if p.grad is not None},
-            before=clone(seen.model.named_parameters())))
+            grads={name: p.grad.clone() for name, p in trace.model.named_parameters() if p.grad is not None},
+            before=clone(trace.model.named_parameters())))
 
     def after(*_):
-        seen.steps[-1].after = clone(seen.model.named_parameters())
-        seen.order.append("step")
+        trace.steps[-1].after = clone(trace.model.named_parameters())
+        trace.order.append("step")
 
     def watched_update(ema, model, decay, step):
-        if not seen.averages:
-            seen.average = clone(ema.named_parameters())
+        if not trace.averages:
+            trace.average = clone(ema.named_parameters())
         update(ema, model, decay, step)
-        seen.averages.append((clone(ema.named_parameters()), clone(model.named_parameters())))
-        seen.order.append("average")
+        trace.averages.append((clone(ema.named_parameters()), clone(model.named_parameters())))
+        trace.order.append("average")
 
     def watched_write(self, *arguments):
-        seen.order.append("line")
+        trace.order.append("line")
         return write(self, *arguments)
 
     def watched_save(run, state, *arguments):
-        seen.order.append("save")
-        seen.saved.append((state["step"], clone(state["model"].items()), clone((state["ema"] or {}).items())))
+        trace.order.append("save")
+        trace.saved.append((state["step"], clone(state["model"].items()), clone((state["ema"] or {}).items())))
         return save(run, state, *arguments)
 
     for place, name, value in ((system, "loss", watched_loss), (train, "update_ema", watched_update),
@@ -119,7 +119,7 @@ def watch(cfg: Config, patch: pytest.MonkeyPatch, **options) -> SimpleNamespace:
     finally:
         for handle in handles:
             handle.remove()
-    return seen
+    return trace
 
 
 # Settings that differ from the defaults and from each other. Most rows of the table watch this one run.
@@ -130,8 +130,9 @@ ODD = dict(size="24,3,2,2", starts=(0.0, 0.6), path="gvp", noise="independent", 
 THREE = dict(num_scales=3, starts=(), experts="none", size="24,2,2,1")          # runs that several tests watch
 PLAIN = dict(mask="self", condition_tokens=True, label_drop=0.0, steps=1)
 PYRAMID = dict(noise="pyramid", full_range=True)
-WHOLE = dict(micro_batch=24, recompute=False)
+KEEP = dict(save_every=1, keep=3, keep_every=3)
 FREE = dict(clip=0.0, ema=0.0, log_every=1)
+WHOLE = dict(**FREE, micro_batch=24, recompute=False)
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +158,7 @@ def trained(tmp_path_factory):
 def test_seed(trained):
     """The first weights, the order of the images, dropped labels, times and noise: all from the seed, all repeated."""
     odd = trained()
-    for run, equal in ((trained(save_every=1, keep=3, keep_every=2), True), (trained(seed=8), False)):
+    for run, equal in ((trained(**KEEP), True), (trained(seed=8), False)):
         assert same(odd.start, run.start) == equal
         for name in ("x1", "y"):
             assert torch.equal(getattr(odd.losses[0], name), getattr(run.losses[0], name)) == equal
@@ -278,13 +279,15 @@ def test_batch(trained):
 @setting("micro_batch")
 def test_micro_batch(trained):
     """Parts of 8 of 24; the gradients and updates are those of the whole batch at once."""
-    parts, whole = trained(), trained(**WHOLE)
+    parts, whole = trained(**FREE), trained(**WHOLE)
     assert {len(x.x1) for x in parts.losses} == {8} and {len(x.x1) for x in whole.losses} == {24}
     a, b = parts.steps[0], whole.steps[0]
     norm = math.sqrt(sum(grad.double().square().sum() for grad in b.grads.values()))
     assert a.grads.keys() == b.grads.keys()
     assert all((a.grads[name] - b.grads[name]).norm() < 1e-6 * norm for name in a.grads)
     assert close(parts.steps[-1].after, whole.steps[-1].after, atol=1e-4)
+    for a, b in zip(metrics(parts.cfg.out), metrics(whole.cfg.out), strict=True):
+        assert (a["loss"], a["grad_norm"]) == pytest.approx((b["loss"], b["grad_norm"]), rel=1e-4)
 
 
 RATES = [1.5e-3, 3e-3, *(7e-4 + (3e-3 - 7e-4) * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(4))]
@@ -359,7 +362,7 @@ def test_precision(trained):
 @setting("recompute")
 def test_recompute(trained):
     """The blocks run again in backward; the gradients are the same."""
-    run, plain = trained(), trained(**WHOLE)
+    run, plain = trained(**FREE), trained(**WHOLE)
     assert len(run.dtypes) == 2 * len(run.passes) and len(plain.dtypes) == len(plain.passes)
     assert close(run.steps[0].grads, plain.steps[0].grads, atol=1e-6)
 
@@ -377,8 +380,8 @@ def test_save_every(trained):
 
 @setting("keep", "keep_every")
 def test_keep(trained):
-    run = trained(save_every=1, keep=3, keep_every=2)
-    assert [path.name[-4:-3] for path in checkpoint.steps(Path(run.cfg.out))] == ["6", "5", "4", "2"]
+    assert [path.name for path in checkpoint.steps(Path(trained(**KEEP).cfg.out))] == [
+        f"step-0000000{step}.pt" for step in (6, 5, 4, 3)]  # the last three, and each third
 
 
 @setting("out")
@@ -487,9 +490,9 @@ def test_flip(tmp_path, dataset):
 
 def test_crops_and_mirror_images_depend_on_the_seed(tmp_path, monkeypatch):
     monkeypatch.setattr(batches, "order", lambda count, seed, start, length: np.arange(start, start + length))
-    first, again, other = (watch_data(tmp_path, name, dataset="photos", res=8, seed=seed).losses[0].x1
-                           for name, seed in (("first", 0), ("again", 0), ("other", 1)))
-    assert torch.equal(first, again) and not torch.equal(first, other)
+    first, again, different = (watch_data(tmp_path, name, dataset="photos", res=8, seed=seed).losses[0].x1
+                           for name, seed in (("first", 0), ("again", 0), ("third", 1)))
+    assert torch.equal(first, again) and not torch.equal(first, different)
 
 
 @setting("skip_bad")
@@ -617,7 +620,7 @@ def watch_sampling(patch: pytest.MonkeyPatch) -> SimpleNamespace:
     """From now on: solves (each call of torchdiffeq: method, rtol, atol, options, y0, and at each call of the velocity
     its time and value), passes (each pass of the network of a loaded run: bands, t, y), runs, and dtypes as in `watch`.
     Pictures are left out."""
-    seen = SimpleNamespace(solves=[], passes=[], runs=[], dtypes=[])
+    trace = SimpleNamespace(solves=[], passes=[], runs=[], dtypes=[])
     odeint, load_run = sample.odeint, load.load_run
 
     def watched_odeint(field, y0, times, **settings):
@@ -628,15 +631,15 @@ def watch_sampling(patch: pytest.MonkeyPatch) -> SimpleNamespace:
             solve.calls.append((t.item(), v))
             return v
 
-        seen.solves.append(solve)
+        trace.solves.append(solve)
         return odeint(watched_field, y0, times, **settings)
 
     def watched_load(*arguments, **settings):
         run = load_run(*arguments, **settings)
-        run.model.register_forward_pre_hook(lambda m, inputs: seen.passes.append(
+        run.model.register_forward_pre_hook(lambda m, inputs: trace.passes.append(
             SimpleNamespace(bands=inputs[0], t=inputs[1], y=inputs[2])))
-        run.model.blocks[0].qkv[0].register_forward_hook(lambda m, inputs, out: seen.dtypes.append(out.dtype))
-        seen.runs.append(run)
+        run.model.blocks[0].qkv[0].register_forward_hook(lambda m, inputs, out: trace.dtypes.append(out.dtype))
+        trace.runs.append(run)
         return run
 
     patch.setattr(sample, "odeint", watched_odeint)
@@ -644,7 +647,7 @@ def watch_sampling(patch: pytest.MonkeyPatch) -> SimpleNamespace:
     for name in ("draw_grid", "draw_loss", "draw_trajectory"):
         patch.setattr(pictures, name, lambda *_, **__: None)
     patch.setattr(pictures, "watch", lambda *_: None)
-    return seen
+    return trace
 
 
 def grid_of(solve: SimpleNamespace) -> list[float]:
@@ -655,7 +658,7 @@ def grid_of(solve: SimpleNamespace) -> list[float]:
 @setting("num_samples", "sample_every", "eval_every", "solver", "solver_steps", "cfg_scale")
 def test_samples_of_training(tmp_path, monkeypatch):
     """16 images at steps 2 and 4, nine at step 3, nine at the end, all by Heun's solver in six steps, guided."""
-    seen, grids, scored = watch_sampling(monkeypatch), [], []
+    trace, grids, scored = watch_sampling(monkeypatch), [], []
     monkeypatch.setattr(pictures, "draw_grid", lambda path, images, *_: grids.append((path.name, len(images))))
     monkeypatch.setattr(fid, "evaluate", lambda dataset, images, *_: scored.append(len(images)) or {})
     monkeypatch.setattr(fid, "table", lambda scores: "")
@@ -674,9 +677,9 @@ def test_samples_of_training(tmp_path, monkeypatch):
     train.train(cfg, device="cpu")
     assert grids == [("samples-00000002.png", 16), ("samples-00000004.png", 16), ("samples.png", 9)]
     assert scored == [9, 9] and [line["step"] for line in checkpoint.read_lines([tmp_path / "run/scores.jsonl"])] == [3]
-    assert [len(solve.y0) for solve in seen.solves[::2]] == [16, 9, 16, 9]
-    assert {solve.method for solve in seen.solves} == {"heun2"}
-    assert all(len(grid_of(solve)) == 3 + 1 for solve in seen.solves)
+    assert [len(solve.y0) for solve in trace.solves[::2]] == [16, 9, 16, 9]
+    assert {solve.method for solve in trace.solves} == {"heun2"}
+    assert all(len(grid_of(solve)) == 3 + 1 for solve in trace.solves)
     assert all((y.chunk(2)[1] == 10).all() and (y.chunk(2)[0] < 10).all() for y in passes)      # guided: both halves
     scores = json.loads((tmp_path / "run" / "scores.json").read_text())
     assert scores["cfg_scale"] == 1.7 and scores["num"] == 9
@@ -684,11 +687,11 @@ def test_samples_of_training(tmp_path, monkeypatch):
 
 @setting("rtol", "atol")
 def test_tolerances_of_the_samples_of_training(tmp_path, monkeypatch):
-    seen = watch_sampling(monkeypatch)
+    trace = watch_sampling(monkeypatch)
     monkeypatch.setattr(fid, "evaluate", lambda *_: {})
     monkeypatch.setattr(fid, "table", lambda scores: "")
     train.train(tiny(tmp_path, steps=1, solver="dopri5", solver_steps=0, rtol=0.3, atol=0.2), device="cpu")
-    assert [(solve.method, solve.rtol, solve.atol) for solve in seen.solves] == [("dopri5", 0.3, 0.2)] * 2
+    assert [(solve.method, solve.rtol, solve.atol) for solve in trace.solves] == [("dopri5", 0.3, 0.2)] * 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -725,27 +728,27 @@ def draw(folders, tmp_path, monkeypatch):
     """draw("fixed", "--seed", "3"): python sample.py with these flags, watched; with .images and .labels."""
     def draw(name, *flags):
         with monkeypatch.context() as patch:
-            seen, out = watch_sampling(patch), tmp_path / f"{len(list(tmp_path.iterdir()))}"
+            trace, out = watch_sampling(patch), tmp_path / f"{len(list(tmp_path.iterdir()))}"
             patch.setattr(sys, "argv", ["sample.py", str(folders[name]), "--device", "cpu", "-n", "4", "--out",
                                         str(out), *flags])
             sample.main()
         if (out / "samples.npz").exists():
             with np.load(out / "samples.npz") as arrays:
-                seen.images, seen.labels = arrays["images"], arrays["labels"]
-        seen.out, (seen.run,) = out, seen.runs
-        return seen
+                trace.images, trace.labels = arrays["images"], arrays["labels"]
+        trace.out, (trace.run,) = out, trace.runs
+        return trace
 
     return draw
 
 
 def test_without_flags_the_settings_are_those_of_the_run(draw):
-    seen = draw("fixed")
-    assert [(solve.method, len(grid_of(solve))) for solve in seen.solves] == [("heun2", 4)] * 2
-    assert seen.labels.tolist() == [0, 1, 2, 3] and [p.y.tolist() for p in seen.passes[:1]] == [[0, 1, 2, 3]]
-    assert seen.run.weights == "ema" and set(seen.dtypes) == {torch.float32}
-    seen = draw("adaptive")
-    assert {(solve.method, solve.rtol, solve.atol) for solve in seen.solves} == {("dopri5", 0.3, 0.2)}
-    assert not any({"norm", "jump_t"} & solve.options.keys() for solve in seen.solves)
+    trace = draw("fixed")
+    assert [(solve.method, len(grid_of(solve))) for solve in trace.solves] == [("heun2", 4)] * 2
+    assert trace.labels.tolist() == [0, 1, 2, 3] and [p.y.tolist() for p in trace.passes[:1]] == [[0, 1, 2, 3]]
+    assert trace.run.weights == "ema" and set(trace.dtypes) == {torch.float32}
+    trace = draw("adaptive")
+    assert {(solve.method, solve.rtol, solve.atol) for solve in trace.solves} == {("dopri5", 0.3, 0.2)}
+    assert not any({"norm", "jump_t"} & solve.options.keys() for solve in trace.solves)
     assert {tuple(p.y.tolist()) for p in draw("guided").passes} == {(0, 1, 2, 3, 10, 10, 10, 10)}
 
 
@@ -786,8 +789,8 @@ def test_seed_labels_number_and_batch(draw, folders):
 
 def test_vectors(draw, tmp_path):
     np.save(tmp_path / "asked.npy", np.array([[1, 2, 3], [4, 5, 6]], np.float32))
-    seen = draw("vectors", "--vectors", str(tmp_path / "asked.npy"))
-    assert {tuple(p.y.flatten().tolist()) for p in seen.passes} == {(1, 2, 3, 4, 5, 6) * 2}
+    trace = draw("vectors", "--vectors", str(tmp_path / "asked.npy"))
+    assert {tuple(p.y.flatten().tolist()) for p in trace.passes} == {(1, 2, 3, 4, 5, 6) * 2}
     examples = draw("vectors")
     assert all(torch.equal(p.y, examples.run.condition.examples[:4]) for p in examples.passes)
     guided = draw("vectors", "--cfg", "2")
@@ -796,8 +799,8 @@ def test_vectors(draw, tmp_path):
 
 def test_guidance(draw, folders):
     """v_null + w (v_cond - v_null), by passes of its own."""
-    seen, run = draw("guided", "--cfg", "2.5"), load.load_run(str(folders["guided"]), device="cpu")
-    (_, v), p = seen.solves[0].calls[0], seen.passes[0]
+    trace, run = draw("guided", "--cfg", "2.5"), load.load_run(str(folders["guided"]), device="cpu")
+    (_, v), p = trace.solves[0].calls[0], trace.passes[0]
     with torch.no_grad():
         (with_label,), (without,) = (run.model([p.bands[0][:4]], p.t[:4], y) for y in (torch.arange(4), torch.full(
             (4,), 10)))
@@ -806,22 +809,22 @@ def test_guidance(draw, folders):
 
 
 def test_guidance_in_an_interval_stops_at_its_ends(draw):
-    seen = draw("adaptive", "--cfg", "2", "--cfg-interval", "0.3,0.7")
-    for p in seen.passes:
+    trace = draw("adaptive", "--cfg", "2", "--cfg-interval", "0.3,0.7")
+    for p in trace.passes:
         t = p.t[0].item()
         assert len(p.t) == (8 if 0.3 <= t <= 0.7 else 4) or min(abs(t - 0.3), abs(t - 0.7)) < 1e-6
-    times = [t for solve in seen.solves for t, _ in solve.calls]
+    times = [t for solve in trace.solves for t, _ in solve.calls]
     for end in (0.3, 0.7):
         assert min(abs(t - end) for t in times) < 1e-6                          # a step ends there
-        assert {len(p.t) for p in seen.passes if abs(p.t[0] - end) < 0.4} == {4, 8}
-    assert [solve.options["jump_t"].tolist() for solve in seen.solves] == [[0.3], [0.7]]
+        assert {len(p.t) for p in trace.passes if abs(p.t[0] - end) < 0.4} == {4, 8}
+    assert [solve.options["jump_t"].tolist() for solve in trace.solves] == [[0.3], [0.7]]
 
 
 def test_weights_precision_and_compiled_blocks(draw, folders, monkeypatch):
     saved = checkpoint.load_newest(folders["fixed"])
     for flags, key in (((), "ema"), (("--raw",), "model")):
-        seen = draw("fixed", *flags)
-        assert same(dict(seen.run.model.state_dict()), dict(saved[key])) and seen.run.weights == {"ema": "ema"}.get(
+        trace = draw("fixed", *flags)
+        assert same(dict(trace.run.model.state_dict()), dict(saved[key])) and trace.run.weights == {"ema": "ema"}.get(
             key, "raw")
     half = draw("fixed", "--precision", "bfloat16")
     assert set(half.dtypes) == {torch.bfloat16} and half.solves[0].y0.dtype == torch.float32
@@ -958,6 +961,7 @@ def test_a_program_ends_with_one_sentence_and_1(monkeypatch, tmp_path, command):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_exit_code_of_a_process_is_1(tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--batch", "1"], cwd=tmp_path, capture_output=True,
                           text=True, timeout=100, env={**os.environ, "OMP_NUM_THREADS": "1"})
