@@ -14,7 +14,7 @@ images = torch.from_numpy(digits.images / 8 - 1).float()[:, None]               
 labels = torch.from_numpy(digits.target)
 schedule = Schedule(starts=(0.0, 0.5))                                          # band 0 starts at 0, band 1 at 0.5
 model = MoTDiT(size=(96, 4, 3, 2), in_channels=1, resolution=8, num_scales=2, num_classes=10)
-steps = 800
+steps = 600
 optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.95), weight_decay=0, fused=True)
 annealing = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps, pct_start=0.1, cycle_momentum=False)
 

@@ -1,12 +1,10 @@
 """README.md and docs/ tell the truth: listings are the code, names exist, commands work, forks are complete."""
 
-import gzip
 import json
 import re
 import runpy
 import shlex
 import shutil
-import struct
 import subprocess
 import sys
 import warnings
@@ -26,8 +24,6 @@ PAGES = {name: (ROOT / name).read_text() for name in (
     "README.md", "docs/results.md", "docs/paper.md", "docs/scores.md", "CONTRIBUTING.md")}
 README = PAGES["README.md"]
 TABLES = {"digits", "fashion", "presets", "speed", "study", "causal", "mask_cost", "systems", "ablations"}
-TINY = ["--size", "32,2,2,2", "--steps", "6", "--batch", "16", "--solver", "midpoint", "--solver-steps", "4",
-        "--num-samples", "12"]
 
 
 def section(title: str, page: str = README) -> str:
@@ -185,55 +181,6 @@ def test_every_command_is_understood(page, monkeypatch):
             assert words[0] in ("pip", "pytest", "ruff"), words
             extras = re.findall(r"\.\[(\w+)\]", " ".join(words))
             assert all(re.search(rf"^{extra} = \[", (ROOT / "pyproject.toml").read_text(), re.M) for extra in extras)
-
-
-# These need the paper's data, several GPUs or hours; their parts have tests of their own.
-# studies.tables and studies.mask_cost write into docs/, docs.tiny_vae trains 1,500 steps.
-UNTRIED = {"celebahq", "faces.npz", "torchrun", "pip", "pytest", "ruff", "make", "studies.tables", "studies.mask_cost",
-           "studies.gpu", "docs.tiny_vae"}
-SHORTER = {"train.py": TINY, "-m studies.bench compare": ["--sides", "16", "--rounds", "1"],
-           "-m studies.compare": ["--seeds", "1", "--steps", "1", "--size", "32,2,2,2", "--jobs", "2"],
-           "-m studies.solvers": ["-n", "80"]}
-
-
-def write_idx(path: Path, array: np.ndarray) -> None:
-    """A file of Fashion-MNIST."""
-    head = struct.pack(f">{1 + array.ndim}i", 0x800 + array.ndim, *array.shape)
-    path.write_bytes(gzip.compress(head + array.astype(np.uint8).tobytes()))
-
-
-@pytest.fixture
-def material(tmp_path):
-    """What the commands speak of: two folders of images, with vectors; a small picture; Fashion-MNIST's files."""
-    random = np.random.default_rng(0)
-    for folder in ("my-images", "others"):
-        for i in range(4):
-            (tmp_path / folder / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
-            pixels = random.integers(0, 256, (80, 70, 3)).astype(np.uint8)
-            Image.fromarray(pixels).save(tmp_path / folder / "ab"[i % 2] / f"{i}.png")
-    np.save(tmp_path / "my-images" / "vectors.npy", random.standard_normal((4, 3)))
-    np.save(tmp_path / "prompts.npy", random.standard_normal((2, 3)))
-    Image.fromarray(np.full((4, 4), 128, np.uint8)).save(tmp_path / "small.png")
-    for name in ("train", "t10k"):
-        write_idx(tmp_path / f"{name}-images-idx3-ubyte.gz", random.integers(0, 256, (40, 28, 28)))
-        write_idx(tmp_path / f"{name}-labels-idx1-ubyte.gz", np.arange(40) % 10)
-    return tmp_path
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("page", [name for name in PAGES if name != "CONTRIBUTING.md"])
-def test_every_command_runs(page, material, run_script):
-    """In their order, in one directory, shortened; each page but the README begins with a run of the digits."""
-    todo = [words for words in dict.fromkeys(map(tuple, commands(page))) if not UNTRIED & set(words)]
-    for words in todo if page == "README.md" else [("python", "train.py"), *todo]:
-        line = " ".join(words[1:])
-        if "fashion" in words and "studies.compare" in line:                    # an hour even when shortened
-            continue
-        more = [word for start, words in SHORTER.items() if line.startswith(start) for word in words]
-        program = words[3:] if words[1] == "-m" else words[2:]
-        if "fashion" in words:
-            more += ["--data", "."]
-        run_script(words[2] if words[1] == "-m" else words[1], *program, *more)
 
 
 def test_the_lmdb_of_nvae_becomes_png(tmp_path, monkeypatch):

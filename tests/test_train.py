@@ -16,7 +16,7 @@ import baselines
 import sample
 import train
 from config import Config, UserError
-from conftest import damage, losses, metrics, same, state, tiny
+from conftest import damage, losses, metrics, needs_fork, same, state, tiny
 from run import checkpoint, load, paper
 
 
@@ -237,7 +237,7 @@ def test_a_failed_write_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("place", ["half written", "written", "flushed"])
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a fork of this process")
+@needs_fork
 def test_a_save_that_is_killed_leaves_the_old_checkpoint_of_the_same_step(tmp_path, place):
     """A run that changes its sampling settings writes its last step again, over the checkpoint that is there."""
     newest, _ = saved_twice(tmp_path)
