@@ -138,6 +138,7 @@ class Config:
         """Raises UserError for settings that do not go together."""
         if not (0 < self.rtol < math.inf and 0 < self.atol < math.inf):
             raise UserError(f"rtol and atol must be numbers above 0, not {self.rtol} and {self.atol}")
+        check_solver(self.solver, self.solver_steps, "--solver-steps")
         if self.space == "latent" and not self.vae:
             raise UserError("latents need the autoencoder they come from: add --vae, a folder or OWNER/NAME on the hub")
         if self.space == "latent" and self.dataset in ("digits", "photos", "fashion"):
@@ -169,6 +170,18 @@ class Config:
         if unknown:
             raise UserError(f"unknown settings in the configuration: {', '.join(unknown)}")
         return cls(**values)
+
+
+def check_solver(solver: str, steps: int | None, flag: str = "--steps") -> None:
+    """Raises UserError for an unknown solver, for steps of an adaptive one, and for a fixed-step one without."""
+    if solver not in SOLVERS:
+        raise UserError(f"unknown solver {solver!r}; choose one of {', '.join(SOLVERS)}")
+    if steps is not None and steps < 0:
+        raise UserError(f"a solver cannot take {steps} steps")
+    if solver == "dopri5" and steps:
+        raise UserError(f"dopri5 chooses its own steps: leave out {flag}, or set its tolerances with --rtol and --atol")
+    if solver != "dopri5" and not steps:
+        raise UserError(f"the solver {solver} needs a number of steps: add {flag}, for example {flag} 40")
 
 
 # the numbers of each setting: at least, below

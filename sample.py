@@ -25,13 +25,13 @@ from torchdiffeq import odeint
 from tqdm import tqdm
 
 import config
-from config import UserError
+from config import UserError, check_solver
 from data import conditions
 from data.batches import ImageRandom
 from run import gallery, graphs, load
 from run.load import Run
 from run.ranks import Ranks
-from run.solver import check_solver, solver_options
+from run.solver import solver_options
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the method

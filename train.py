@@ -29,7 +29,7 @@ import fid
 import sample
 from config import Config, UserError
 from data import batches
-from run import checkpoint, gallery, load, log, memory, paper, pictures, solver
+from run import checkpoint, gallery, load, log, memory, paper, pictures
 from run.ranks import Ranks, StopSignals
 
 FUSED = ("cpu", "cuda")                                     # devices with a fused AdamW
@@ -75,6 +75,8 @@ class Job:
     optimizer: torch.optim.Optimizer
     parts: list[slice]                                      # rows of the global batch: one for each micro-batch
     step: int = 0
+    resumed_at: int = 0
+    began: float = 0.0                                      # time.perf_counter() of this process's start
 
 
 def setup(cfg: Config, ranks: Ranks) -> Job:
@@ -85,44 +87,40 @@ def setup(cfg: Config, ranks: Ranks) -> Job:
     dataset.to(ranks.device)
     facts = batches.facts(dataset)
     model = load.build_model(cfg, facts, dataset.examples(), ranks.device).to(ranks.device)
-    load.check_guidance(cfg, cfg.cfg_scale, model.condition)
-    free = ranks.least(memory.free_memory(ranks.device))
-    micro_batch = cfg.micro_batch or memory.fit_micro_batch(model, cfg, cfg.batch // ranks.world, free, ranks.world)
-    parts = ranks.rows(cfg.batch, micro_batch, least=cfg.num_scales if cfg.stages == "stratified" else 1)
+    parts = memory.micro_batches(model, cfg, ranks)
     ema = copy.deepcopy(model).requires_grad_(False) if cfg.ema else None
-    if cfg.compile:
-        load.compile_blocks(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2),
                                   weight_decay=cfg.weight_decay, fused=ranks.device.type in FUSED)
     return Job(cfg, ranks, dataset, facts, model, ema, optimizer, parts)
 
 
-def resume(job: Job, fresh: bool) -> dict | None:
-    """From the newest checkpoint (returns its configuration), --init, or nothing, the same in all processes."""
+def resume(job: Job, fresh: bool) -> None:
+    """From the newest checkpoint, --init, or nothing, the same in all processes."""
     cfg, ranks, out = job.cfg, job.ranks, Path(job.cfg.out)
     count = cfg.keep + 1 + (cfg.steps // cfg.keep_every if cfg.keep_every else 0)
     room = count * memory.parameters(job.model) * (16 if cfg.ema else 12)
     ranks.first_does(lambda: checkpoint.prepare(out, fresh, room))
     state = ranks.first_does(lambda: checkpoint.load_newest(out))
-    job.step = ranks.share(state["step"] if state else 0)                       # only the first process has read it
-    if not job.step:
-        for line in load.fine_tune(job.model, cfg.init, job.facts) if cfg.init else ():
-            ranks.say(line)
+    job.step = job.resumed_at = ranks.share(state["step"] if state else 0)      # only the first process has read it
+    if job.step:
+        state = state or checkpoint.read(checkpoint.path(out, job.step), checked=True)
+        checkpoint.check_same_run(state, cfg, job.facts)
+        job.model.load_state_dict(state["model"])
+        if job.ema is not None:
+            job.ema.load_state_dict(state["ema"])
+        for group in state["optimizer"]["param_groups"]:    # of the device it was saved on
+            group["fused"] = job.optimizer.defaults["fused"]
+        job.optimizer.load_state_dict(state["optimizer"])
+        ranks.say(f"continuing {out} at step {job.step} of {cfg.steps} (--fresh starts over)")
+        if cfg.steps != state["config"]["steps"]:
+            ranks.say(f"the run was planned for {state['config']['steps']} steps: the learning rate follows the new "
+                      "length")
+    elif cfg.init:
+        ranks.say(load.fine_tune(job.model, cfg.init, job.facts))
         if job.ema is not None:
             job.ema.load_state_dict(job.model.state_dict())
-        return None
-    state = state or checkpoint.read(checkpoint.path(out, job.step), checked=True)
-    load.check_same_run(state, cfg, job.facts)
-    job.model.load_state_dict(state["model"])
-    if job.ema is not None:
-        job.ema.load_state_dict(state["ema"])
-    for group in state["optimizer"]["param_groups"]:        # of the device it was saved on
-        group["fused"] = job.optimizer.defaults["fused"]
-    job.optimizer.load_state_dict(state["optimizer"])
-    ranks.say(f"continuing {out} at step {job.step} of {cfg.steps} (--fresh starts over)")
-    if cfg.steps != state["config"]["steps"]:
-        ranks.say(f"the run was planned for {state['config']['steps']} steps: the learning rate follows the new length")
-    return state["config"]
+    if ranks.first:
+        checkpoint.write_config(out, cfg.to_dict(), finished=job.step >= cfg.steps)
 
 
 def save(job: Job) -> None:
@@ -135,6 +133,8 @@ def loop(job: Job, stop: StopSignals, deadline: float) -> None:
     """Trains to cfg.steps, or until a signal or the deadline asks it to save and return."""
     cfg, ranks, model, optimizer = job.cfg, job.ranks, job.model, job.optimizer
     system, several = baselines.SYSTEMS[cfg.method], ranks.world > 1
+    if cfg.compile:
+        load.compile_blocks(model)
     objective = Objective(model, system.loss, system.schedule(cfg), cfg.precision)
     if several:     # one stage for a whole batch leaves the finer bands without gradients; so does a rare stage of DFM
         objective = DistributedDataParallel(objective,
@@ -143,6 +143,8 @@ def loop(job: Job, stop: StopSignals, deadline: float) -> None:
     metrics = log.Log(cfg, ranks, job.step, job.facts)
     stream = batches.micro_batches(job.dataset, cfg, job.step, job.parts, ranks.device, model.condition)
     ending = job.step >= cfg.steps
+    if ending:                                              # nothing to train: but sample.py reads the settings there
+        save(job)
     while not ending:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, job.step)
@@ -188,7 +190,7 @@ def draw(run: load.Run, num: int, progress: bool = True) -> tuple:
     """Images, their conditions, and the report of what they cost."""
     y = None if run.condition is None else run.condition.draw(num).cpu()
     with torch.compiler.set_stance("force_eager") if run.cfg.compile else nullcontext():    # compiled for training
-        images, report = sample.generate(run, num, y, progress=progress, **solver.solver_settings(run.cfg))
+        images, report = sample.generate(run, num, y, progress=progress, **load.solver_settings(run.cfg))
     return images, y, report
 
 
@@ -208,14 +210,14 @@ def glance(job: Job) -> None:
     torch.set_float32_matmul_precision(precision)           # sampling sets it to full
 
 
-def finish(job: Job) -> dict:
-    """Samples, pictures and scores of a trained run."""
-    run = trained(job)
+def finish(job: Job, record: str | None = None) -> dict:
+    """Samples, pictures and scores of a trained run; the scores are also appended to the file `record`."""
+    run, cfg = trained(job), job.cfg
     run.model.eval().requires_grad_(False)
-    images, y, scores = draw(run, run.cfg.num_samples)
+    images, y, scores = draw(run, cfg.num_samples)
     pictures.draw_loss(run.folder)
     pictures.draw_grid(run.folder / "samples.png", images, y, run.condition)
-    states = pictures.watch(run, sample.Guided(run.model, run.cfg.cfg_scale), sample.solve, y)
+    states = pictures.watch(run, sample.Guided(run.model, cfg.cfg_scale), sample.solve, y)
     pictures.draw_trajectory(run.folder / "trajectory.png", run, states)
     print(gallery.describe(scores))
     try:
@@ -224,43 +226,33 @@ def finish(job: Job) -> dict:
     except UserError as problem:                            # a handful of images trains, but cannot be scored
         print(f"no scores  {problem}")
     (run.folder / "scores.json").write_text(json.dumps(scores, indent=2))
+    seconds = time.perf_counter() - job.began
+    if record:
+        log.record(record, cfg, run.device, scores if job.resumed_at else {**scores, "seconds_total": seconds})
+    print(f"time       {seconds:.0f} s{' since it was continued' if job.resumed_at else ''}\n"
+          f"next       ls {cfg.out}    python sample.py {cfg.out}    python fid.py {cfg.out}")
     return scores
 
 
-def train(cfg: Config, fresh: bool = False, device: str | None = None, record: str | None = None,
-          stop_after: float = math.inf) -> None:
-    """Trains a run to cfg.steps, from its newest checkpoint if there is one, then samples and scores it; for at most
-    `stop_after` seconds, then it saves and returns. To be called in each process that torchrun starts."""
+def train(cfg: Config, fresh: bool = False, device: str | None = None, stop_after: float = math.inf) -> Job | None:
+    """Trains a run to cfg.steps, from its newest checkpoint if there is one; for at most `stop_after` seconds, then it
+    saves. Called in each process that torchrun starts. The first returns the finished run, None when it was stopped."""
     began = time.perf_counter()
-    solver.check_solver(cfg.solver, cfg.solver_steps, "--solver-steps")
-    log.check_record(record)
-    with StopSignals() as stop, Ranks.start(device) as ranks:
+    with (StopSignals("stopped before the first step; the same command starts again") as stop,
+          Ranks.start(device) as ranks):
         job = setup(cfg, ranks)
-        old = resume(job, fresh)
-        resumed_at = job.step
-        if ranks.first:
-            checkpoint.write_config(Path(cfg.out), cfg.to_dict(), finished=job.step >= cfg.steps)
+        job.began = began
+        resume(job, fresh)
+        # what samples need, such as the autoencoder: if it is missing, say so now
+        ranks.first_does(load.Run(cfg, job.model, job.facts, Path(cfg.out), 0, "raw").ready)
         ranks.say(memory.summary(job.model, cfg, job.parts, ranks))
-        ranks.first_does(trained(job).ready)                # what samples need: if it is missing, say so now
         stop.immediate = False                              # from here on a signal lets the step end: save, and return
         with memory.explained(job.model, cfg, job.parts, ranks):
             loop(job, stop, began + stop_after)
-        if job.step < cfg.steps:
-            return ranks.say(f"stopped at step {job.step}, saved; the same command continues")
-        if resumed_at == job.step and old != cfg.to_dict():                     # sample.py reads the settings there
-            save(job)
-        stop.message = "stopped: the training is saved, the same command draws its samples"
-        if ranks.any(stop.asked):                           # in the last step
-            return ranks.say(stop.message)
-        stop.immediate = True
-        if ranks.first:
-            scores = finish(job)
-            if not resumed_at:
-                scores["seconds_total"] = time.perf_counter() - began
-            if record:
-                log.record(record, cfg, ranks.device, scores)
-            print(f"time       {time.perf_counter() - began:.0f} s{' since it was continued' if resumed_at else ''}\n"
-                  f"next       ls {cfg.out}    python sample.py {cfg.out}    python fid.py {cfg.out}")
+        stopped = ranks.any(stop.asked)                     # perhaps in the last step
+        if job.step < cfg.steps or stopped:
+            ranks.say(f"stopped at step {job.step}, saved; the same command continues")
+        return job if ranks.first and job.step >= cfg.steps and not stopped else None
 
 
 def main() -> None:
@@ -272,14 +264,16 @@ def main() -> None:
     parser.add_argument("--record", metavar="FILE", help="append the scores and how they were made to a .jsonl file")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps [the best there is]")
     given = vars(parser.parse_args())
-    options = {name: given.pop(name) for name in ("fresh", "device", "record", "stop_after", "dry_run")}
-    options["stop_after"] = config.seconds(options["stop_after"])
-    cfg = paper.resolve(given)
-    if options.pop("dry_run"):
-        print(memory.describe(cfg))
-    else:
-        StopSignals.ignore()
-        train(cfg, **options)
+    fresh, dry_run, stop_after, record, device = (
+        given.pop(name) for name in ("fresh", "dry_run", "stop_after", "record", "device"))
+    cfg, stop_after = paper.resolve(given), config.seconds(stop_after)
+    if dry_run:
+        return print(memory.describe(cfg))
+    log.check_record(record)
+    StopSignals.ignore()
+    if job := train(cfg, fresh, device, stop_after):
+        with StopSignals("stopped: the training is saved, the same command draws its samples", immediate=True):
+            finish(job, record)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ from tqdm import tqdm
 from config import Config, UserError
 from data import fashion as fashion_mnist
 from data import sources
-from data.conditions import Labels, Vectors
 from data.latents import read_header
 
 FIRST = int(os.environ.get("RANK", 0)) == 0                 # of several processes one prints
@@ -375,14 +374,6 @@ def facts(dataset: Dataset) -> dict:
     return {"channels": dataset.channels, "side": dataset.side, "classes": dataset.classes,
             "vectors": None if dataset.vectors is None else list(dataset.examples().shape),     # how many, dim
             "count": len(dataset), "fingerprint": dataset.fingerprint, "latent": dataset.latent}
-
-
-def condition_of(facts: dict, examples: Tensor | None = None) -> Callable[[int], torch.nn.Module] | None:
-    """hidden_size -> Vectors or Labels; None: unconditional. Without examples there is room for those of a file."""
-    if facts.get("vectors"):
-        rows, dim = facts["vectors"]
-        return lambda hidden_size: Vectors(dim, hidden_size, torch.zeros(rows, dim) if examples is None else examples)
-    return (lambda hidden_size: Labels(facts["classes"], hidden_size)) if facts["classes"] else None
 
 
 LOADERS = {

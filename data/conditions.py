@@ -4,6 +4,8 @@ A condition is a small module with an embedding (forward), a null (for label dro
 samples (draw), and captions (describe). A network takes any module with these four; nothing else knows what y is.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -60,6 +62,14 @@ class Vectors(nn.Module):
     def describe(self, y: Tensor) -> list[str]:
         """A single number as it is; longer vectors by their place."""
         return [f"{row[0]:.2f}" if len(row) == 1 else str(i) for i, row in enumerate(y.tolist())]
+
+
+def condition_of(facts: dict, examples: Tensor | None = None) -> Callable[[int], nn.Module] | None:
+    """hidden_size -> Vectors or Labels; None: unconditional. Without examples there is room for those of a file."""
+    if facts.get("vectors"):
+        rows, dim = facts["vectors"]
+        return lambda hidden_size: Vectors(dim, hidden_size, torch.zeros(rows, dim) if examples is None else examples)
+    return (lambda hidden_size: Labels(facts["classes"], hidden_size)) if facts["classes"] else None
 
 
 def choose(condition: nn.Module | None, num: int, labels: str = "balanced",

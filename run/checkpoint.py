@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from config import UserError, first_line
+from config import Config, UserError, differences, first_line
 
 VERSION = 2
 
@@ -96,6 +96,18 @@ def read(path: Path, checked: bool = False) -> dict:
     if wrong := [name for name, kind in kinds.items() if name not in state or not isinstance(state[name], kind)]:
         raise UserError(f"{path} is not a train.py checkpoint: it lacks {', '.join(wrong)}")
     return state
+
+
+def check_same_run(state: dict, cfg: Config, facts: dict) -> None:
+    """Raises UserError when a checkpoint is of a run with other settings, or on other data, than these."""
+    old = Config.from_dict(state["config"])
+    changes = [f"{name} was {getattr(old, name)!r} and is now {getattr(cfg, name)!r}" for name in differences(old, cfg)]
+    problem = f"was made with other settings: {'; '.join(changes)}" if changes else ""
+    if not changes and any(facts[name] != state["data"].get(name) for name in facts):
+        problem = "was trained on other images or classes than now"
+    if problem:
+        raise UserError(f"the run in {cfg.out} {problem}. Choose another directory with --out, or start over with "
+                        "--fresh")
 
 
 def read_json(file: Path, what: str) -> dict | None:

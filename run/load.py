@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 import baselines
-from config import Config, UserError, differences
+from config import Config, UserError
 from data import batches, latents, sources
-from data.batches import condition_of
+from data.conditions import condition_of
 from data.sources import explain
 from model import MoTBlock, MoTDiT
 from run import checkpoint
@@ -113,7 +113,8 @@ class Run:
         return latents.Autoencoder(self.cfg.vae, self.device, expect=self.facts["latent"])
 
     def ready(self) -> None:
-        """Loads what decoding needs."""
+        """Loads what decoding needs. Raises UserError when this run cannot be sampled as its settings say."""
+        check_guidance(self.cfg, self.cfg.cfg_scale, self.condition)
         _ = self.facts.get("latent") and self.autoencoder
 
     def decode(self, x1: Tensor) -> np.ndarray:
@@ -124,25 +125,35 @@ class Run:
 def load_run(name: str | None = None, raw: bool = False, device: str | None = None, vae: str | None = None) -> Run:
     """A run directory (its newest whole checkpoint), an export, or an export on the hub; None: the newest run. vae:
     where its autoencoder is now."""
+    folder, state, weights = read_state(name, raw)
+    named = state["config"].get("vae")
+    if (folder / "model.safetensors").exists() and named and not vae and (
+            not HUB.fullmatch(str(named)) or Path(named.split("@")[0]).exists()):
+        raise UserError(f"the export {folder} asks for an autoencoder in the folder {named!r}, but no file chooses "
+                        "folders of this machine: name it yourself with --vae")
+    cfg, facts = Config.from_dict({**state["config"], **({"vae": vae} if vae else {})}), state["data"]
+    if cfg.space == "latent" and not cfg.latents:           # an export does not name it
+        cfg = dataclasses.replace(cfg, latents=cache_folder(cfg.dataset, cfg.res, cfg.vae, "train"))
+    model = restore_model(cfg, facts, state[WEIGHTS[weights]], folder, best_device(device))
+    return Run(cfg, model.eval().requires_grad_(False), facts, folder, state["step"], weights)
+
+
+def read_state(name: str | None, raw: bool = False) -> tuple[Path, dict, str]:
+    """What `load_run` takes: the folder, the state of its checkpoint or export, and which weights to use."""
     folder = Path(name) if name else checkpoint.newest_run()
     if not folder.exists() and HUB.fullmatch(str(name)) and name.count("/") == 1 and not folder.parent.is_dir():
         folder = sources.download(name, ["config.json", "model.safetensors"])
     if not folder.is_dir():
         raise UserError(f"there is no run directory {str(folder)!r}; train one with python train.py")
     if (folder / "model.safetensors").exists():
-        state, weights = read_export(folder, vae)
+        state, weights = read_export(folder)
         if raw and weights != "raw":
             raise UserError(f"the export {folder} holds the averaged weights only: leave out --raw")
-    else:
-        state = checkpoint.load_newest(folder)
-        if state is None:
-            raise UserError(f"{str(folder)!r} holds no checkpoint; train with python train.py --out {folder}")
-        weights = "raw" if raw or state["ema"] is None else "ema"
-    cfg, facts = Config.from_dict({**state["config"], **({"vae": vae} if vae else {})}), state["data"]
-    if cfg.space == "latent" and not cfg.latents:           # an export does not name it
-        cfg = dataclasses.replace(cfg, latents=cache_folder(cfg.dataset, cfg.res, cfg.vae, "train"))
-    model = restore_model(cfg, facts, state[WEIGHTS[weights]], folder, best_device(device))
-    return Run(cfg, model.eval().requires_grad_(False), facts, folder, state["step"], weights)
+        return folder, state, weights
+    state = checkpoint.load_newest(folder)
+    if state is None:
+        raise UserError(f"{str(folder)!r} holds no checkpoint; train with python train.py --out {folder}")
+    return folder, state, "raw" if raw or state["ema"] is None else "ema"
 
 
 def restore_model(cfg: Config, facts: dict, weights: dict, folder: Path, device: torch.device) -> torch.nn.Module:
@@ -161,18 +172,6 @@ def restore_model(cfg: Config, facts: dict, weights: dict, folder: Path, device:
         return model.to(device)
 
 
-def check_same_run(state: dict, cfg: Config, facts: dict) -> None:
-    """Raises UserError when a checkpoint is of a run with other settings, or on other data, than these."""
-    old = Config.from_dict(state["config"])
-    changes = [f"{name} was {getattr(old, name)!r} and is now {getattr(cfg, name)!r}" for name in differences(old, cfg)]
-    problem = f"was made with other settings: {'; '.join(changes)}" if changes else ""
-    if not changes and any(facts[name] != state["data"].get(name) for name in facts):
-        problem = "was trained on other images or classes than now"
-    if problem:
-        raise UserError(f"the run in {cfg.out} {problem}. Choose another directory with --out, or start over with "
-                        "--fresh")
-
-
 def load_weights(model: torch.nn.Module, weights: dict, where: Path | str, assign: bool = False) -> None:
     """Raises UserError when the weights do not fit. assign: they become the model's own, which can be on meta."""
     try:
@@ -182,30 +181,29 @@ def load_weights(model: torch.nn.Module, weights: dict, where: Path | str, assig
                         f"{str(problem).splitlines()[-1].strip()}") from None
 
 
-def fine_tune(model: MoTDiT, name: str, facts: dict) -> list[str]:
+def fine_tune(model: MoTDiT, name: str, facts: dict) -> str:
     """Starts `model` from the weights of another run, checkpoint file or export: --init. Returns what to report.
 
     facts: of the new data. Positions are computed and not stored, so any resolution fits."""
-    latent = facts["latent"] or {}
     if Path(name).is_file():
         state = checkpoint.read(Path(name))
-        weights, old, step = dict(state["ema"] or state["model"]), state["data"], state["step"]
+        which = "raw" if state["ema"] is None else "ema"
     else:
-        run = load_run(name, device="cpu", vae=latent.get("name"))              # nothing is decoded with it
-        weights, old, step = run.model.state_dict(), run.facts, run.step
-    lines = [f"starting from the weights of {name} at step {step}"]
-    if (old["classes"], old.get("vectors")) != (facts["classes"], facts["vectors"]):
+        _, state, which = read_state(name)
+    weights, old = {key: x.float() for key, x in state[WEIGHTS[which]].items()}, state["data"]
+    lines = [f"starting from the weights of {name} at step {state['step']}"]
+    if (old.get("classes"), old.get("vectors")) != (facts["classes"], facts["vectors"]):
         weights = {key: value for key, value in weights.items() if not key.startswith("condition.")}
         weights |= {key: value for key, value in model.state_dict().items() if key.startswith("condition.")}
-        lines.append(f"its condition ({len(old['classes'])} classes) differs from this run's ({len(facts['classes'])} "
-                     "classes): the embedding starts anew")
-    if (old.get("latent") or {}).get("sha256") != latent.get("sha256"):
+        lines.append(f"its condition ({len(old.get('classes', ()))} classes) differs from this run's "
+                     f"({len(facts['classes'])} classes): the embedding starts anew")
+    if (old.get("latent") or {}).get("sha256") != (facts["latent"] or {}).get("sha256"):
         lines.append("it was trained on other latents, or on pixels: another autoencoder than this run's")
     if (side := old.get("side")) not in (None, model.resolution):
         lines.append(f"it was trained on {side} x {side}, this run is {model.resolution} x {model.resolution}: "
                      "positions are recomputed")
     load_weights(model, weights, name)
-    return lines
+    return "\n".join(lines)
 
 
 def check_guidance(cfg: Config, cfg_scale: float, condition: object | None) -> None:
@@ -251,8 +249,8 @@ def export(run: Run, folder: Path) -> None:
         (folder / "config.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
-def read_export(folder: Path, vae: str | None = None) -> tuple[dict, str]:
-    """An export as the state of a checkpoint, and which weights it holds. vae: named by the user."""
+def read_export(folder: Path) -> tuple[dict, str]:
+    """An export as the state of a checkpoint, and which weights it holds."""
     from safetensors.torch import load_file
 
     with explain(f"{folder} is not an export of sample.py --export"):
@@ -263,8 +261,4 @@ def read_export(folder: Path, vae: str | None = None) -> tuple[dict, str]:
             raise ValueError("its config.json is of another version, or of another program")
         state = {"step": facts["step"], "config": {**facts["config"], **PLACES}, "data": facts["data"],
                  WEIGHTS[facts["weights"]]: load_file(folder / "model.safetensors")}
-    named = facts["config"].get("vae")
-    if named and not vae and (not HUB.fullmatch(str(named)) or Path(named.split("@")[0]).exists()):
-        raise UserError(f"the export {folder} asks for an autoencoder in the folder {named!r}, but no file chooses "
-                        "folders of this machine: name it yourself with --vae")
     return state, facts["weights"]

@@ -111,6 +111,13 @@ def fit_micro_batch(model: torch.nn.Module, cfg: Config, share: int, free: float
     return next((size for size in divisors if memory_bytes(model, cfg, size, world) < 0.9 * free), 1)
 
 
+def micro_batches(model: torch.nn.Module, cfg: Config, ranks: Ranks) -> list[slice]:
+    """This process's rows of every batch, in parts of --micro-batch images or of as many as fit."""
+    free = ranks.least(free_memory(ranks.device))
+    size = cfg.micro_batch or fit_micro_batch(model, cfg, cfg.batch // ranks.world, free, ranks.world)
+    return ranks.rows(cfg.batch, size, least=cfg.num_scales if cfg.stages == "stratified" else 1)
+
+
 @contextmanager
 def explained(model: torch.nn.Module, cfg: Config, parts: list[slice], ranks: Ranks) -> Iterator[None]:
     """Turns an out-of-memory error inside the block into a UserError that says what may fit."""
@@ -137,8 +144,8 @@ def tokens_by_stage(model: torch.nn.Module) -> str:
 def summary(model: torch.nn.Module, cfg: Config, parts: list[slice], ranks: Ranks) -> str:
     """What a run is: the settings that differ from the defaults, and its size."""
     default = Config()
-    changes = [f"{name} {value}" for name, value in cfg.to_dict().items()
-               if name not in ("out", "latents") and value != default.to_dict()[name]]
+    changes = [f"{name} {','.join(map(str, value)) if isinstance(value, tuple) else value}"
+               for name, value in vars(cfg).items() if name not in ("out", "latents") and value != vars(default)[name]]
     return (f"run        {cfg.out}: {', '.join(changes) or 'the defaults'}\n"
             f"model      {parameters(model) / 1e6:.2f} M parameters, {tokens_by_stage(model)} tokens by stage\n"
             f"batch      {cfg.batch} images = {ranks.world} x {len(parts)} x {parts[0].stop - parts[0].start} "

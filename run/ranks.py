@@ -56,9 +56,9 @@ class StopSignals:
 
     SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
-    def __init__(self):
-        self.asked, self.immediate = False, int(os.environ.get("WORLD_SIZE", 1)) == 1
-        self.message = "stopped before the first step; the same command starts again"
+    def __init__(self, message: str = "stopped", immediate: bool | None = None):
+        self.asked, self.message = False, message
+        self.immediate = int(os.environ.get("WORLD_SIZE", 1)) == 1 if immediate is None else immediate
 
     @classmethod
     def ignore(cls) -> None:

@@ -6,21 +6,9 @@ import math
 import torch
 from torch import Tensor
 
-from config import SOLVERS, Config, UserError
+from config import Config, UserError
 
 FIXED = {"euler": "euler", "midpoint": "midpoint", "heun": "heun2", "rk2": "heun2", "rk4": "rk4"}  # torchdiffeq's names
-
-
-def check_solver(solver: str, steps: int | None, flag: str = "--steps") -> None:
-    """Raises UserError for an unknown solver, for steps of an adaptive one, and for a fixed-step one without."""
-    if solver not in SOLVERS:
-        raise UserError(f"unknown solver {solver!r}; choose one of {', '.join(SOLVERS)}")
-    if steps is not None and steps < 0:
-        raise UserError(f"a solver cannot take {steps} steps")
-    if solver == "dopri5" and steps:
-        raise UserError(f"dopri5 chooses its own steps: leave out {flag}, or set its tolerances with --rtol and --atol")
-    if solver != "dopri5" and not steps:
-        raise UserError(f"the solver {solver} needs a number of steps: add {flag}, for example {flag} 40")
 
 
 def solver_settings(cfg: Config, args: argparse.Namespace | None = None) -> dict:

@@ -64,12 +64,11 @@ FLAGS = ["--size", "32,2,2,2", "--batch", "12", "--solver", "midpoint", "--solve
          "--warmup", "0", "--lr", "1e-3"]
 
 
-@pytest.fixture
-def unscored(monkeypatch):
-    """Training only: the samples, pictures and scores at its end take longer than a short run."""
+def train_and_score(cfg: Config, record: str | None = None) -> dict:
+    """What `python train.py` does: trains, then samples and scores."""
     import train
 
-    monkeypatch.setattr(train, "finish", lambda job: {})
+    return train.finish(train.train(cfg, device="cpu"), record)
 
 
 def state(cfg: Config) -> dict:

@@ -122,7 +122,7 @@ def test_the_random_cache_is_one_that_training_reads(tmp_path):
 
 @pytest.mark.parametrize("settings", [dict(), dict(method="dfm", size="32,2,2,2"), dict(method="lfm", num_scales=1,
                                                                                        starts=(0.0,))])
-def test_sampling_of_a_trained_run(tmp_path, unscored, settings):
+def test_sampling_of_a_trained_run(tmp_path, settings):
     train.train(tiny(tmp_path, steps=2, **settings), device="cpu")
     run = load.load_run(str(tmp_path / "run"), device="cpu")
     result = bench.bench_sample(run, solver_settings(run.cfg), 1, sizes=(2, 4))
@@ -184,7 +184,7 @@ def test_compare_measures_the_same_shapes(monkeypatch, program, tmp_path):
     assert "is not installed" in out and "ours / diffusers DiT" in out
 
 
-def test_what_it_prints_is_what_it_records(tmp_path, program, unscored):
+def test_what_it_prints_is_what_it_records(tmp_path, program):
     train.train(tiny(tmp_path, steps=2), device="cpu")
     out = program("sample", "run", "--rounds", 1, "--device", "cpu", "--record", "lines.jsonl")
     result = line(tmp_path)

@@ -11,6 +11,7 @@ import torch
 
 import config
 from config import Config, UserError
+from conftest import train_and_score
 from data import fashion
 from run import checkpoint, memory, paper
 from run.paper import PRESETS
@@ -184,7 +185,6 @@ def test_latents_of_the_small_autoencoder(run_script, tmp_path):
 
 def test_fashion_is_judged_by_its_classifier(tmp_path, monkeypatch):
     """And the scores of pixels stay."""
-    import train
     from scores import classifier
 
     monkeypatch.chdir(tmp_path)
@@ -192,7 +192,7 @@ def test_fashion_is_judged_by_its_classifier(tmp_path, monkeypatch):
     monkeypatch.setitem(classifier.SETTINGS, "least", 2)
     cfg = Config(dataset="fashion", res=32, size="32,1,2,4", steps=2, batch=16, num_samples=140, out="run",
                  solver="euler", solver_steps=2)
-    train.train(cfg, device="cpu")
+    train_and_score(cfg)
     scores = json.loads((tmp_path / "run/scores.json").read_text())
     both = compare.judged(cfg, "cpu", scores)
     assert both["frechet_pixel"] == scores["frechet_pixel"] and both["frechet"] > 0 and "extractor" in both

@@ -223,13 +223,13 @@ def on_vectors(tmp_path):
                 steps=4, log_every=2)
 
 
-def test_a_run_on_labels_trains(tmp_path, unscored):
+def test_a_run_on_labels_trains(tmp_path):
     cfg = tiny(tmp_path, steps=4)
     train.train(cfg, device="cpu")
     assert state(cfg)["data"]["vectors"] is None and state(cfg)["model"]["condition.table.weight"].shape == (11, 32)
 
 
-def test_a_run_on_vectors_trains_continues_and_samples(on_vectors, unscored, give_up, monkeypatch, tmp_path, capsys):
+def test_a_run_on_vectors_trains_continues_and_samples(on_vectors, give_up, monkeypatch, tmp_path, capsys):
     train.train(on_vectors, device="cpu")
     whole = state(on_vectors)
     assert whole["data"]["vectors"] == [24, 1] and whole["data"]["classes"] == []
@@ -262,7 +262,7 @@ def test_a_run_on_vectors_trains_continues_and_samples(on_vectors, unscored, giv
     assert np.array_equal(images, again)
 
 
-def test_a_run_remembers_its_kind_of_condition(on_vectors, unscored):
+def test_a_run_remembers_its_kind_of_condition(on_vectors):
     train.train(on_vectors, device="cpu")
     with pytest.raises(config.UserError, match="condition was 'vectors' and is now 'labels'"):
         train.train(replace(on_vectors, condition="labels"), device="cpu")
@@ -282,7 +282,7 @@ def test_costs_of_a_network_on_vectors_are_counted(on_vectors):
 
 
 @pytest.mark.slow
-def test_brightness_asked_for_is_brightness_drawn(tmp_path, unscored):
+def test_brightness_asked_for_is_brightness_drawn(tmp_path):
     """Digits conditioned on their mean brightness alone."""
     folder = folder_of_digits(tmp_path / "images", 1797)
     cfg = config.Config(dataset="folder", data=str(folder), condition="vectors", flip=False, size="64,3,2,2", steps=800,

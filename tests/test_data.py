@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from config import Config, UserError
-from data import batches, fashion, sources
+from data import batches, conditions, fashion, sources
 from data.batches import BatchRandom, ImageRandom, order
 
 
@@ -202,7 +202,7 @@ def take(cfg, dataset, steps, parts, condition=None):
 def test_micro_batches_draw_as_one_process_would():
     """The numbers of every step in the order in which training always drew them: mirroring, data, label drop, loss."""
     cfg, digits = Config(batch=12, seed=3, label_drop=0.5), batches.digits()
-    condition = batches.condition_of(batches.facts(digits), digits.examples())(16)
+    condition = conditions.condition_of(batches.facts(digits), digits.examples())(16)
     (whole,), = take(cfg, digits, 1, [slice(0, 12)], condition)
     index = order(1797, 3, 0, 12)
     rng = BatchRandom(3, 0, 12)
@@ -221,7 +221,7 @@ def test_an_unconditional_set_draws_no_label_drop(tmp_path):
     save(tmp_path / "x.png")
     cfg = config(batch=4, data=str(tmp_path))
     dataset = batches.load(cfg)
-    assert batches.condition_of(batches.facts(dataset)) is None
+    assert conditions.condition_of(batches.facts(dataset)) is None
     (whole,), = take(cfg, dataset, 1, [slice(0, 4)])
     assert whole[1] is None and torch.equal(whole[2], BatchRandom(cfg.seed, 0, 4).rand())
 
@@ -263,9 +263,9 @@ def test_vectors_beside_the_images_take_the_place_of_labels(with_vectors):
     assert np.array_equal(y[:, 0] / 2, np.rint((127.5 * (x1[:, 0, 0, 0].numpy() + 1)) / 10)) and y.shape == (4, 2)
     facts = batches.facts(dataset)
     assert facts["vectors"] == [5, 2] and facts["classes"] == []
-    condition = batches.condition_of(facts, dataset.examples())(16)
+    condition = conditions.condition_of(facts, dataset.examples())(16)
     assert torch.equal(condition.draw(5), torch.from_numpy(dataset.vectors))
-    assert {n: t.shape for n, t in batches.condition_of(facts)(16).state_dict().items()} == {
+    assert {n: t.shape for n, t in conditions.condition_of(facts)(16).state_dict().items()} == {
         n: t.shape for n, t in condition.state_dict().items()}                      # room for what a file brings
     (whole,), = take(cfg, dataset, 1, [slice(0, 10)], condition)
     rng = BatchRandom(cfg.seed, 0, 10)

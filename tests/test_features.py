@@ -383,7 +383,7 @@ def call(folders, monkeypatch, capsys):
 
 
 @pytest.fixture
-def run(folders, unscored):
+def run(folders):
     train.train(tiny(folders, steps=1, solver="euler"), device="cpu")
     return folders / "run"
 

@@ -70,7 +70,7 @@ DFM = dict(num_scales=3, size="32,2,2,4", method="dfm", batch=24)       # stages
     pytest.param(dict(stages="stratified", method="separate", **THREE), 2, marks=pytest.mark.slow),
     pytest.param(dict(stages="batch", method="edify", **THREE), 2, marks=pytest.mark.slow),
     pytest.param(dict(stages="stratified", **(DFM | dict(batch=48))), 4, marks=pytest.mark.slow)])
-def test_several_processes_compute_what_a_single_process_does(tmp_path, monkeypatch, unscored, settings, world):
+def test_several_processes_compute_what_a_single_process_does(tmp_path, monkeypatch, settings, world):
     """Losses, gradient norms and updates of six steps over all stages, with gradient accumulation; then each run goes
     on with the other number of processes. A larger epsilon: AdamW makes a step of full size of the rounding error in a
     gradient of zero, such as that of the bias of a fine band."""
@@ -112,7 +112,7 @@ def test_several_processes_compute_what_a_single_process_does(tmp_path, monkeypa
 @pytest.mark.slow
 @pytest.mark.parametrize("stages", ["stratified", "batch"])
 @pytest.mark.parametrize("method", [name for name in config.METHODS if name not in ("lapflow", "dfm")])
-def test_every_system_trains_in_two_processes(tmp_path, unscored, method, stages):
+def test_every_system_trains_in_two_processes(tmp_path, method, stages):
     """No weight may be left without a gradient: DistributedDataParallel would end the second step."""
     scales = dict(num_scales=1 if method == "lfm" else 2)
     runs = [tiny(tmp_path, name, steps=4, method=method, stages=stages, log_every=1, **scales)
@@ -124,8 +124,7 @@ def test_every_system_trains_in_two_processes(tmp_path, unscored, method, stages
 
 
 @needs_fork
-def test_the_weights_that_processes_start_from_are_the_same_and_each_trains_its_own_rows(tmp_path, monkeypatch,
-                                                                                         unscored):
+def test_the_weights_that_processes_start_from_are_the_same_and_each_trains_its_own_rows(tmp_path, monkeypatch):
     """Each process records the images it trains: together they are those of a single process, each once."""
     def record(file):
         original = baselines.lapflow.loss
@@ -153,7 +152,7 @@ def checkpoint_lines(file: Path) -> list:
 
 
 @needs_fork
-def test_a_step_that_is_not_finite_in_a_single_process_is_skipped_in_all(tmp_path, monkeypatch, unscored):
+def test_a_step_that_is_not_finite_in_a_single_process_is_skipped_in_all(tmp_path, monkeypatch):
     original, calls = baselines.lapflow.loss, []
 
     def broken(model, x1, y, schedule, rng):
@@ -174,7 +173,7 @@ def test_a_step_that_is_not_finite_in_a_single_process_is_skipped_in_all(tmp_pat
 
 @needs_fork
 @pytest.mark.parametrize("signals", [(signal.SIGUSR1,), (signal.SIGTERM, signal.SIGINT)])
-def test_a_signal_to_one_process_saves_and_ends_all(tmp_path, unscored, signals):
+def test_a_signal_to_one_process_saves_and_ends_all(tmp_path, signals):
     cfg = tiny(tmp_path, steps=100_000, save_every=10)
     forks = Forks(2, lambda: train.train(cfg, device="cpu"), tmp_path)
     at_first_checkpoint(tmp_path / "run")
@@ -187,7 +186,7 @@ def test_a_signal_to_one_process_saves_and_ends_all(tmp_path, unscored, signals)
 
 
 @needs_fork
-def test_all_processes_leave_together_when_time_is_up(tmp_path, unscored):
+def test_all_processes_leave_together_when_time_is_up(tmp_path):
     cfg = tiny(tmp_path, steps=100_000)
     assert "stopped at step" in train_by(2, cfg, tmp_path, stop_after=0.5)[0]
     assert state(cfg)["step"] < 100_000
@@ -214,7 +213,7 @@ def test_a_batch_that_cannot_be_shared_is_an_error(tmp_path):
 
 
 @needs_fork
-def test_two_processes_draw_the_images_of_one(tmp_path, monkeypatch, unscored):
+def test_two_processes_draw_the_images_of_one(tmp_path, monkeypatch):
     """dopri5 too: which images share a batch does not depend on the number of processes. Interrupted, they go on."""
     train.train(tiny(tmp_path, steps=3), device="cpu")
 
@@ -321,7 +320,7 @@ def test_rows_of_all_processes_are_the_batch_once():
 
 @pytest.mark.parametrize("stages", ["batch", "stratified"])
 @pytest.mark.parametrize("method", ["lapflow", "dfm"])
-def test_micro_batches_train_what_the_whole_batch_does(tmp_path, unscored, stages, method):
+def test_micro_batches_train_what_the_whole_batch_does(tmp_path, stages, method):
     runs = [tiny(tmp_path, str(micro), steps=6, stages=stages, method=method, micro_batch=micro, log_every=1)
             for micro in (0, 5)]                            # 5: parts of 4
     for cfg in runs:
@@ -385,7 +384,7 @@ def test_new_processes_do_not_meet_the_names_of_dead_processes():
     assert attempts[2].get("address") == b"new"
 
 
-def test_stop_after_saves_and_the_same_command_goes_on(tmp_path, unscored, capsys):
+def test_stop_after_saves_and_the_same_command_goes_on(tmp_path, capsys):
     cfg = tiny(tmp_path, steps=8)
     train.train(cfg, device="cpu", stop_after=0.0)
     assert "stopped at step 1, saved; the same command continues" in capsys.readouterr().out
@@ -423,7 +422,7 @@ def graphs(monkeypatch):
     pytest.param("stratified", dict(), marks=pytest.mark.slow),
     pytest.param("batch", dict(recompute=True), marks=pytest.mark.slow),
     ("batch", dict(precision="bfloat16", ema=0.0, sample_every=10, micro_batch=6))])
-def test_blocks_compile_once_for_each_stage_and_never_again(tmp_path, unscored, graphs, stages, settings):
+def test_blocks_compile_once_for_each_stage_and_never_again(tmp_path, graphs, stages, settings):
     """One graph for each stage, shared by all blocks, over 20 steps; the loss is that of the plain model."""
     settings = {**THREE, "size": "32,3,2,1", "stages": stages, "log_every": 1, **settings}
     runs = [tiny(tmp_path, str(compiled), compile=compiled, **settings) for compiled in (False, True)]
@@ -438,7 +437,7 @@ def test_blocks_compile_once_for_each_stage_and_never_again(tmp_path, unscored, 
 @needs_fork
 @pytest.mark.slow
 @pytest.mark.parametrize("stages", ["batch", "stratified"])
-def test_compiled_blocks_train_in_several_processes(tmp_path, unscored, graphs, stages):
+def test_compiled_blocks_train_in_several_processes(tmp_path, graphs, stages):
     runs = [tiny(tmp_path, str(world), steps=6, compile=world == 2, stages=stages, log_every=1) for world in (1, 2)]
     train.train(runs[0], device="cpu")
     train_by(2, runs[1], tmp_path)
@@ -479,7 +478,7 @@ def test_bfloat16_keeps_norms_time_and_residuals_in_float32():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_trains_in_bfloat16_with_compiled_blocks(tmp_path, unscored):
+def test_a_gpu_trains_in_bfloat16_with_compiled_blocks(tmp_path):
     runs = [tiny(tmp_path, str(i), size="64,2,2,2", batch=64, steps=40, log_every=40, **settings)
             for i, settings in enumerate((dict(), dict(precision="bfloat16", compile=True)))]
     for cfg in runs:

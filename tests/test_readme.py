@@ -258,7 +258,7 @@ def test_forks_train(tmp_path):
         tiny = dict(size="32,2,2,2", steps=3, batch=16, solver="midpoint", solver_steps=4, num_samples=12)
         for settings in (dict(dataset="arrays", data="mine.npz", path="cosine", mask="neighbours", num_scales=3),
                          dict(pyramid="gaussian", out="out/gaussian"), dict(method="logitnormal")):
-            train.train(resolve({**tiny, **settings}), device="cpu")
+            train.finish(train.train(resolve({**tiny, **settings}), device="cpu"))
         q, k, v = ([torch.randn(1, 1, n, 4) for n in (2, 3, 5)] for _ in range(3))
         before = attention(q, k, v, "neighbours", 0)
         v[0] += 1

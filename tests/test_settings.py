@@ -30,7 +30,7 @@ import pyramid
 import sample
 import train
 from config import Config, UserError
-from conftest import ROOT, close, metrics, randomize, same, state, tiny
+from conftest import ROOT, close, metrics, randomize, same, state, tiny, train_and_score
 from data import batches, latents
 from data.batches import ImageRandom
 from run import checkpoint, load, log, memory, pictures
@@ -110,8 +110,7 @@ def watch(cfg: Config, patch: pytest.MonkeyPatch, **options) -> SimpleNamespace:
         return save(run, state, *arguments)
 
     for place, name, value in ((system, "loss", watched_loss), (train, "update_ema", watched_update),
-                               (checkpoint, "save", watched_save), (log.Log, "write", watched_write),
-                               (train, "finish", lambda job: {})):
+                               (checkpoint, "save", watched_save), (log.Log, "write", watched_write)):
         patch.setattr(place, name, value)
     handles += [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
     try:
@@ -674,7 +673,7 @@ def test_samples_of_training(tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "generate", watched_generate)
     cfg = tiny(tmp_path, steps=6, sample_every=2, eval_every=3, num_samples=9, solver="heun", solver_steps=6,
                cfg_scale=1.7)
-    train.train(cfg, device="cpu")
+    train_and_score(cfg)
     assert grids == [("samples-00000002.png", 16), ("samples-00000004.png", 16), ("samples.png", 9)]
     assert scored == [9, 9] and [line["step"] for line in checkpoint.read_lines([tmp_path / "run/scores.jsonl"])] == [3]
     assert [len(solve.y0) for solve in trace.solves[::2]] == [16, 9, 16, 9]
@@ -690,7 +689,7 @@ def test_tolerances_of_the_samples_of_training(tmp_path, monkeypatch):
     trace = watch_sampling(monkeypatch)
     monkeypatch.setattr(fid, "evaluate", lambda *_: {})
     monkeypatch.setattr(fid, "table", lambda scores: "")
-    train.train(tiny(tmp_path, steps=1, solver="dopri5", solver_steps=0, rtol=0.3, atol=0.2), device="cpu")
+    train_and_score(tiny(tmp_path, steps=1, solver="dopri5", solver_steps=0, rtol=0.3, atol=0.2))
     assert [(solve.method, solve.rtol, solve.atol) for solve in trace.solves] == [("dopri5", 0.3, 0.2)] * 2
 
 
@@ -883,32 +882,39 @@ def test_each_flag_sets_its_setting_and_no_other(monkeypatch):
               "solver": "heun", "rtol": 0.3, "atol": 0.2, "solver_steps": 9, "cfg_scale": 1.7, "num_samples": 11,
               "sample_every": 12, "eval_every": 13, "logger": "wandb", "keep": 14, "keep_every": 15}
     assert values.keys() == {field.name for field in dataclasses.fields(Config)}
-    free = Config(out="O")
+    free, pair = Config(out="O"), {"solver", "solver_steps"}                   # these two go together
     for name, value in values.items():
         text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
         flag = "--" + name.replace("_", "-")
         flags = [flag if value else f"--no-{flag[2:]}"] if isinstance(value, bool) else [flag, text]
         more = {"space": ["--vae", "V", "--dataset", "folder"], "num_scales": ["--starts", "0,0.2,0.6"],
-                "out": []}.get(name, [])
+                "solver": ["--solver-steps", "3"], "solver_steps": ["--solver", "heun"], "out": []}.get(name, [])
         flags = ["--latent"] if name == "space" else flags
         given = {}
         monkeypatch.setattr(sys, "argv", ["train.py", *flags, *more])
-        monkeypatch.setattr(train, "train", lambda cfg, given=given, **options: given.update(cfg=cfg, **options))
+        monkeypatch.setattr(train, "train", lambda cfg, *_, given=given: given.update(cfg=cfg))
         train.main()
         assert getattr(given["cfg"], name) == value, name
         changed = {field for field in values if getattr(given["cfg"], field) != getattr(free, field)}
         if name not in ("dataset", "res", "space", "num_scales"):               # these choose a preset
-            assert changed - {"out"} == {name} - {"out", "pyramid"}, name
+            assert changed - {"out"} - pair == {name} - {"out", "pyramid"} - pair, name
 
 
 def test_options_of_train_reach_it(monkeypatch, tmp_path, capsys):
-    given = {}
+    given, job = {}, object()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "train", lambda cfg, **options: given.update(cfg=cfg, **options))
+
+    def fake_train(cfg, fresh, device, stop_after):
+        given.update(cfg=cfg, fresh=fresh, device=device, stop_after=stop_after)
+        return job
+
+    monkeypatch.setattr(train, "train", fake_train)
+    monkeypatch.setattr(train, "finish", lambda job, record: given.update(job=job, record=record))
     monkeypatch.setattr(sys, "argv", ["train.py", "--fresh", "--device", "cpu", "--record", "R", "--stop-after", "2m"])
     train.main()
-    assert {key: given[key] for key in ("fresh", "device", "record", "stop_after")} == dict(
-        fresh=True, device="cpu", record="R", stop_after=120)
+    assert given.pop("cfg") == Config(out="out/digits")
+    assert given == dict(fresh=True, device="cpu", stop_after=120, job=job, record="R")
+    (tmp_path / "R").unlink()                               # made before the training, so that a wrong path is known
     given.clear()
     monkeypatch.setattr(sys, "argv", ["train.py", "--dry-run", "--size", "32,2,2,2"])
     train.main()
@@ -916,12 +922,12 @@ def test_options_of_train_reach_it(monkeypatch, tmp_path, capsys):
 
 
 def test_a_record_holds_the_settings_and_the_scores(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "finish", lambda job: {"score": 3.5})
     cfg = tiny(tmp_path, steps=1)
     for _ in range(2):
-        train.train(cfg, device="cpu", record=str(tmp_path / "lines.jsonl"))
+        train_and_score(cfg, str(tmp_path / "lines.jsonl"))
     first, second = checkpoint.read_lines([tmp_path / "lines.jsonl"])
-    assert first["config"] == second["config"] == cfg.to_dict() and first["score"] == 3.5
+    assert first["config"] == second["config"] == cfg.to_dict() and first["num"] == second["num"] == cfg.num_samples
+    assert first["frechet_pixel"] == second["frechet_pixel"]
     assert "seconds_total" in first and "seconds_total" not in second           # a continued run does not know
 
 

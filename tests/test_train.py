@@ -16,12 +16,12 @@ import baselines
 import sample
 import train
 from config import Config, UserError
-from conftest import damage, losses, metrics, needs_fork, same, state, tiny
+from conftest import damage, losses, metrics, needs_fork, same, state, tiny, train_and_score
 from run import checkpoint, load, paper
 
 
 @pytest.mark.parametrize("stages", ["stratified", "batch"])
-def test_twenty_steps_are_ten_and_a_restart_and_ten(tmp_path, monkeypatch, unscored, capsys, stages):
+def test_twenty_steps_are_ten_and_a_restart_and_ten(tmp_path, monkeypatch, capsys, stages):
     whole, parts = tiny(tmp_path, "whole", stages=stages), tiny(tmp_path, "parts", stages=stages)
     train.train(whole, device="cpu")
     update = train.update_ema
@@ -50,7 +50,7 @@ def test_twenty_steps_are_ten_and_a_restart_and_ten(tmp_path, monkeypatch, unsco
     assert np.array_equal(*images)
 
 
-def test_metrics_after_the_last_checkpoint_are_dropped_on_resume(tmp_path, unscored):
+def test_metrics_after_the_last_checkpoint_are_dropped_on_resume(tmp_path):
     cfg = tiny(tmp_path)
     train.train(cfg, device="cpu")
     with open(cfg.out + "/metrics.jsonl", "a") as file:
@@ -59,7 +59,7 @@ def test_metrics_after_the_last_checkpoint_are_dropped_on_resume(tmp_path, unsco
     assert [line["step"] for line in metrics(cfg.out)] == [5, 10, 15, 20]
 
 
-def test_a_longer_run_continues_a_shorter_run_and_fresh_starts_over(tmp_path, unscored, capsys):
+def test_a_longer_run_continues_a_shorter_run_and_fresh_starts_over(tmp_path, capsys):
     train.train(tiny(tmp_path, steps=10), device="cpu")
     (tmp_path / "run" / "scores.json").write_text("{}")
     train.train(tiny(tmp_path, steps=15), device="cpu")
@@ -71,7 +71,7 @@ def test_a_longer_run_continues_a_shorter_run_and_fresh_starts_over(tmp_path, un
     assert [line["step"] for line in metrics(tmp_path / "run")] == [5]
 
 
-def test_a_checkpoint_of_another_configuration_is_refused_and_kept(tmp_path, unscored):
+def test_a_checkpoint_of_another_configuration_is_refused_and_kept(tmp_path):
     train.train(tiny(tmp_path, steps=5), device="cpu")
     before = state(tiny(tmp_path))
     with pytest.raises(UserError, match=r"mask was 'causal' and is now 'none'.*--out.*--fresh"):
@@ -81,7 +81,7 @@ def test_a_checkpoint_of_another_configuration_is_refused_and_kept(tmp_path, uns
 
 def test_thirty_steps_end_to_end(tmp_path, capsys):
     cfg = tiny(tmp_path, steps=30, batch=64, lr=4e-3, num_samples=500)
-    train.train(cfg, device="cpu")
+    train_and_score(cfg)
     lines = metrics(cfg.out)
     assert lines[-1]["step"] == 30 and lines[-1]["images"] == 1920
     assert lines[-1]["loss"] < 0.85 * lines[0]["loss"] and all(len(line["loss_bands"]) == 2 for line in lines)
@@ -98,7 +98,7 @@ def test_thirty_steps_end_to_end(tmp_path, capsys):
                                       dict(mask="self", experts="none", condition_tokens=False),
                                       dict(mask="none", noise="independent", path="gvp", full_range=False),
                                       dict(ema=0.0, clip=0.0, label_drop=0.0, precision="bfloat16", warmup=2)])
-def test_every_option_trains_and_samples(tmp_path, unscored, settings):
+def test_every_option_trains_and_samples(tmp_path, settings):
     cfg = tiny(tmp_path, steps=3, log_every=1, **settings)
     train.train(cfg, device="cpu")
     run = load.load_run(cfg.out, device="cpu")
@@ -117,7 +117,7 @@ def write_images(folder, names, seed=0, side=(20, 24)):
 def test_an_image_folder_trains_unconditionally(tmp_path):
     write_images(tmp_path / "images", range(6))
     cfg = tiny(tmp_path, dataset="folder", data=str(tmp_path / "images"), res=16, steps=2)
-    train.train(cfg, device="cpu")
+    train_and_score(cfg)
     scores = json.loads((tmp_path / "run" / "scores.json").read_text())
     assert "swd_16" in scores and "label_agreement" not in scores
 
@@ -145,7 +145,7 @@ def test_ema_is_a_float32_average_updated_by_its_decay():
     assert ema.weight.item() == pytest.approx(0.1 * 0.9999**1000, rel=1e-4)
 
 
-def test_ema_is_updated_once_for_each_step_and_sampled_by_default(tmp_path, monkeypatch, unscored):
+def test_ema_is_updated_once_for_each_step_and_sampled_by_default(tmp_path, monkeypatch):
     calls, update = [], train.update_ema
     monkeypatch.setattr(train, "update_ema", lambda *arguments: (calls.append(arguments[-1]), update(*arguments)))
     cfg = tiny(tmp_path, steps=7)
@@ -157,7 +157,7 @@ def test_ema_is_updated_once_for_each_step_and_sampled_by_default(tmp_path, monk
         assert same(dict(load.load_run(cfg.out, raw=raw, device="cpu").model.state_dict()), saved[key])
 
 
-def test_labels_are_dropped_per_example_at_the_given_rate(tmp_path, monkeypatch, unscored):
+def test_labels_are_dropped_per_example_at_the_given_rate(tmp_path, monkeypatch):
     """One label for each example reaches all bands: the loss sees labels, not bands."""
     batches, loss = [], baselines.lapflow.loss
 
@@ -175,7 +175,7 @@ def test_labels_are_dropped_per_example_at_the_given_rate(tmp_path, monkeypatch,
 # checkpoints
 
 
-def test_checkpoints_hold_plain_values_and_the_last_two_are_kept(tmp_path, unscored):
+def test_checkpoints_hold_plain_values_and_the_last_two_are_kept(tmp_path):
     train.train(tiny(tmp_path, save_every=5), device="cpu")
     run = tmp_path / "run"
     assert [p.name for p in checkpoint.steps(run)] == ["step-00000020.pt", "step-00000015.pt"]
@@ -291,7 +291,7 @@ def test_missing_runs_are_named(tmp_path):
         load.load_run(str(tmp_path))
 
 
-def test_checkpoints_at_multiples_stay_and_unfinished_files_go(tmp_path, unscored):
+def test_checkpoints_at_multiples_stay_and_unfinished_files_go(tmp_path):
     cfg = tiny(tmp_path, save_every=2, keep=1, keep_every=8)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "step-00000001.tmp").write_text("of a save that was killed")
@@ -366,13 +366,13 @@ def test_too_little_disk_for_the_checkpoints_is_an_error(tmp_path, monkeypatch):
         train.train(tiny(tmp_path), device="cpu")
 
 
-def test_other_sampling_settings_of_a_finished_run_reach_its_checkpoint(tmp_path, unscored):
+def test_other_sampling_settings_of_a_finished_run_reach_its_checkpoint(tmp_path):
     train.train(tiny(tmp_path, steps=5), device="cpu")
     train.train(tiny(tmp_path, steps=5, solver="heun", solver_steps=6), device="cpu")
     assert load.load_run(str(tmp_path / "run"), device="cpu").cfg.solver == "heun"
 
 
-def test_a_folder_that_changed_is_not_continued(tmp_path, unscored):
+def test_a_folder_that_changed_is_not_continued(tmp_path):
     write_images(tmp_path / "images", "abc")
     cfg = tiny(tmp_path, dataset="folder", data=str(tmp_path / "images"), res=16, steps=2)
     train.train(cfg, device="cpu")
@@ -385,7 +385,7 @@ def test_a_folder_that_changed_is_not_continued(tmp_path, unscored):
 # while it trains
 
 
-def test_samples_that_fail_during_training_do_not_end_it(tmp_path, monkeypatch, unscored, capsys):
+def test_samples_that_fail_during_training_do_not_end_it(tmp_path, monkeypatch, capsys):
     generate, calls = sample.generate, []
 
     def fail_first(*arguments, **settings):
@@ -403,7 +403,7 @@ def test_samples_that_fail_during_training_do_not_end_it(tmp_path, monkeypatch, 
     assert state(tiny(tmp_path))["step"] == 20
 
 
-def test_wandb_never_asks_for_a_key(tmp_path, monkeypatch, unscored):
+def test_wandb_never_asks_for_a_key(tmp_path, monkeypatch):
     """With a stand-in for the package: offline without a key; the numbers are those of TensorBoard."""
     calls, numbers = [], []
     writer = types.SimpleNamespace(add_scalar=lambda *number: numbers.append(number), flush=lambda: None)

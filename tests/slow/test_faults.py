@@ -162,14 +162,12 @@ def test_a_dead_or_hung_worker_ends_the_others(tmp_path, number, monkeypatch):
 def whole(tmp_path_factory) -> Config:
     """A run that nothing disturbs, with checkpoints at steps 15 and 20."""
     cfg = tiny(tmp_path_factory.mktemp("whole"), save_every=5)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "finish", lambda job: {})
-        train.train(cfg, device="cpu")
+    train.train(cfg, device="cpu")
     return cfg
 
 
 @pytest.mark.parametrize("how", ["truncated", "empty", "flipped", "text", "version"])
-def test_a_damaged_checkpoint_costs_one_interval_and_is_not_overwritten_unnamed(tmp_path, whole, unscored, capsys, how):
+def test_a_damaged_checkpoint_costs_one_interval_and_is_not_overwritten_unnamed(tmp_path, whole, capsys, how):
     """The same command names it, goes on from the one before it, and ends with the weights of an undisturbed run."""
     cfg = tiny(tmp_path, save_every=5)
     shutil.copytree(whole.out, cfg.out)
@@ -210,7 +208,7 @@ def fill(monkeypatch, at: int, use):
     monkeypatch.setattr(train, "update_ema", then)
 
 
-def test_a_full_disk_stops_with_a_sentence_and_the_previous_checkpoint_is_whole(small_disk, monkeypatch, unscored):
+def test_a_full_disk_stops_with_a_sentence_and_the_previous_checkpoint_is_whole(small_disk, monkeypatch):
     cfg = Config(**{**TINY, "out": str(small_disk / "run"), "steps": 20, "save_every": 5, "keep": 1})
 
     def fill_disk():
@@ -233,7 +231,7 @@ def test_a_full_disk_stops_with_a_sentence_and_the_previous_checkpoint_is_whole(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs limits of the file size")
-def test_a_write_that_is_refused_leaves_the_previous_checkpoint(tmp_path, monkeypatch, unscored):
+def test_a_write_that_is_refused_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
     """As a full disk, for those who may not mount one: files may not grow beyond 20,000 bytes from step 8 on."""
     import resource
 
@@ -254,7 +252,7 @@ def test_a_write_that_is_refused_leaves_the_previous_checkpoint(tmp_path, monkey
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
-def test_two_hundred_epochs_need_no_more_memory_than_twenty(tmp_path, monkeypatch, unscored):
+def test_two_hundred_epochs_need_no_more_memory_than_twenty(tmp_path, monkeypatch):
     """200 epochs of 64 image files with a small network: memory and open files, epoch by epoch."""
     usage, update = [], train.update_ema
     for i in range(64):
@@ -276,7 +274,7 @@ def test_two_hundred_epochs_need_no_more_memory_than_twenty(tmp_path, monkeypatc
     FAULTS.append(("200 epochs", 1, 1, f"memory {late[0] - early[0]:+.1f} MB, open files {late[1] - early[1]:+d}"))
 
 
-def test_the_same_seed_gives_the_same_run_bit_for_bit(tmp_path, unscored):
+def test_the_same_seed_gives_the_same_run_bit_for_bit(tmp_path):
     runs = [tiny(tmp_path, name, steps=5, seed=seed) for name, seed in (("first", 0), ("second", 0), ("third", 1))]
     for cfg in runs:
         train.train(cfg, device="cpu")
@@ -304,7 +302,7 @@ def break_steps(monkeypatch, steps, what="loss"):
     monkeypatch.setattr(baselines.lapflow, "loss", broken)
 
 
-def test_a_step_that_is_not_finite_is_named_and_not_applied(tmp_path, monkeypatch, unscored, capsys):
+def test_a_step_that_is_not_finite_is_named_and_not_applied(tmp_path, monkeypatch, capsys):
     cfg = tiny(tmp_path, steps=8, save_every=6)
     train.train(cfg, device="cpu")
     before = checkpoint.read(checkpoint.path(Path(cfg.out), 6))
@@ -322,7 +320,7 @@ def test_a_step_that_is_not_finite_is_named_and_not_applied(tmp_path, monkeypatc
     assert [line["skipped"] for line in lines] == [0, 0, 2] and lines[2]["loss"] is None and lines[1]["loss"] > 0
 
 
-def test_a_gradient_that_is_not_finite_is_named(tmp_path, monkeypatch, unscored, capsys):
+def test_a_gradient_that_is_not_finite_is_named(tmp_path, monkeypatch, capsys):
     break_steps(monkeypatch, {3}, "gradient")
     train.train(tiny(tmp_path, steps=5), device="cpu")
     assert "the norm of the gradient is nan at step 3" in capsys.readouterr().err
@@ -330,7 +328,7 @@ def test_a_gradient_that_is_not_finite_is_named(tmp_path, monkeypatch, unscored,
     assert [line["skipped"] for line in lines] == [1] and lines[0]["loss"] > 0
 
 
-def test_ten_in_a_row_stop_the_run_and_the_last_checkpoint_is_good(tmp_path, monkeypatch, unscored):
+def test_ten_in_a_row_stop_the_run_and_the_last_checkpoint_is_good(tmp_path, monkeypatch):
     cfg = tiny(tmp_path, steps=40)
     with monkeypatch.context() as patch, pytest.raises(
             UserError, match=r"loss of band 1 is nan at step 20: 10 steps in a row were not finite.*"
@@ -343,7 +341,7 @@ def test_ten_in_a_row_stop_the_run_and_the_last_checkpoint_is_good(tmp_path, mon
     assert state(cfg)["step"] == 12
 
 
-def test_nine_in_a_row_do_not(tmp_path, monkeypatch, unscored):
+def test_nine_in_a_row_do_not(tmp_path, monkeypatch):
     assert log.PATIENCE == 10
     break_steps(monkeypatch, set(range(2, 11)))
     train.train(tiny(tmp_path, steps=12), device="cpu")
@@ -351,7 +349,7 @@ def test_nine_in_a_row_do_not(tmp_path, monkeypatch, unscored):
 
 
 @pytest.mark.parametrize("stages", ["batch", "stratified"])
-def test_the_image_that_is_not_finite_is_named(tmp_path, monkeypatch, unscored, capsys, stages):
+def test_the_image_that_is_not_finite_is_named(tmp_path, monkeypatch, capsys, stages):
     cfg = tiny(tmp_path, steps=5, stages=stages)
     bad = batches.order(1797, cfg.seed, 2 * cfg.batch, cfg.batch)[5]            # the sixth image of step 3
     images, x1 = batches.load(cfg), batches.Images.x1
@@ -372,7 +370,7 @@ def test_the_image_that_is_not_finite_is_named(tmp_path, monkeypatch, unscored, 
 
 
 @pytest.mark.parametrize("most, words", [(5, r"try --micro-batch 8 \(the same batch"), (0, "no smaller micro-batch")])
-def test_on_out_of_memory_the_error_suggests_what_fits(tmp_path, monkeypatch, unscored, most, words):
+def test_on_out_of_memory_the_error_suggests_what_fits(tmp_path, monkeypatch, most, words):
     """The loss refuses more images than fit; half, and half again, as the sentence suggests, trains in the end."""
     loss = baselines.lapflow.loss
 
@@ -395,7 +393,7 @@ def test_on_out_of_memory_the_error_suggests_what_fits(tmp_path, monkeypatch, un
 
 
 def test_without_a_fused_optimizer_a_step_is_skipped_too_and_runs_move_between_devices(tmp_path, monkeypatch,
-                                                                                       unscored, capsys):
+                                                                                       capsys):
     """The same weights, skipping included, by the plain loop; and a run continues with either, whatever saved it."""
     whole, parts = (tiny(tmp_path, name, lr_end=1e-3) for name in ("whole", "parts"))       # lr stays as it is
     with monkeypatch.context() as patch:

@@ -20,9 +20,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     cfg = tiny(tmp_path_factory.mktemp("figures"), steps=2, save_every=2, log_every=1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "finish", lambda job: {})
-        train.train(cfg, device="cpu")
+    train.train(cfg, device="cpu")
     return load.load_run(cfg.out, device="cpu")
 
 
