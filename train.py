@@ -239,7 +239,7 @@ def train(cfg: Config, fresh: bool = False, device: str | None = None, stop_afte
     saves. Called in each process that torchrun starts. The first returns the finished run, None when it was stopped."""
     began = time.perf_counter()
     with (StopSignals("stopped before the first step; the same command starts again") as stop,
-          Ranks.start(device) as ranks):
+          Ranks.start(device, cfg.precision) as ranks):
         job = setup(cfg, ranks)
         job.began = began
         resume(job, fresh)

@@ -16,13 +16,9 @@ from torch import Tensor, nn
 from config import UserError, first_line
 from model import TimestepEmbedder
 from run.load import Run
+from run.ranks import has_bfloat16
 
 LARGEST = 64                                                # recordings kept; the oldest goes first
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """False for NVIDIA GPUs before Ampere, which only emulate it."""
-    return device.type != "cuda" or bool(torch.version.hip) or torch.cuda.get_device_capability(device)[0] >= 8
 
 
 def to_bfloat16(model: nn.Module) -> None:
