@@ -1,4 +1,4 @@
-.PHONY: test lint bench tables figures page lines
+.PHONY: test lint bench gpu tables figures page lines
 
 test:            ## the fast tests, on two cores; pytest -m '' runs the slow ones too
 	pytest -q
@@ -9,8 +9,10 @@ lint:
 bench:           ## speed against others, FLOPs of everything; lines for results/bench.jsonl
 	python -m studies.bench count
 	python -m studies.bench compare --record out/bench.jsonl
-	python -m studies.bench sample out/digits --record out/bench.jsonl
 	python -m studies.bench fid --record out/bench.jsonl
+
+gpu:             ## on a GPU, ten minutes: lines for results/gpu.jsonl
+	python -m studies.bench gpu --out out/gpu
 
 tables:          ## rewrites the tables of README.md and docs/*.md from results/*.jsonl
 	python -m studies.tables

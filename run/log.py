@@ -11,6 +11,7 @@ One line of metrics.jsonl for every --log-every steps:
     mfu, memory_gb                  share of the GPUs' peak FLOP/s and peak memory of the first, null when unknown
 """
 
+import functools
 import json
 import math
 import os
@@ -219,8 +220,9 @@ def check_record(file: str | Path | None) -> None:
             open(file, "a").close()
 
 
+@functools.cache
 def commit() -> str:
-    """Of this code; "-dirty" with changes, "" without git."""
+    """Of this code as it was asked first; "-dirty" with changes, "" without git."""
     if not shutil.which("git"):
         return ""
     git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False,

@@ -80,7 +80,7 @@ def variants(args: argparse.Namespace) -> dict:
 
 @cache
 def data_facts(dataset: str) -> dict:
-    return batches.facts(batches.load(paper.resolve({"dataset": dataset})))
+    return memory.quick_facts(paper.resolve({"dataset": dataset}))
 
 
 @cache
@@ -106,7 +106,7 @@ def plan_runs(args: argparse.Namespace) -> list[tuple[str, Config]]:
         given = {name: getattr(Config, name) for name in ("lr", "lr_end", "ema", "batch", "steps", "num_samples",
                                                           "save_every", "num_scales", "size")}
         given |= {"dataset": "folder", "res": 8, "data": str(out / "digits-rgb"), "flip": False}
-    given |= {name: getattr(args, name) for name in ("steps", "size") if getattr(args, name)}
+    given |= {name: getattr(args, name) for name in ("data", "steps", "size") if getattr(args, name)}
     runs, budget = [], None
     for name, (settings, _) in variants(args).items():
         more = dict(settings)
@@ -352,6 +352,7 @@ def report(planned: list[tuple[str, Config]], args: argparse.Namespace) -> None:
 def main() -> None:
     parser = config.parser(__doc__, "python -m studies.compare [--dataset NAME] [--ablation NAME] [--seeds N]")
     parser.add_argument("--dataset", choices=("digits", "photos", "fashion"), default="digits", help="[digits]")
+    parser.add_argument("--data", help="folder of Fashion-MNIST's files, or hf:OWNER/NAME [that of Debian]")
     parser.add_argument("--ablation", choices=ABLATIONS, help="a table of the paper [the systems]")
     parser.add_argument("--seeds", type=int, default=3, help="training seeds 0, 1, ... [3]")
     parser.add_argument("--steps", type=int, help="steps of LapFlow, whose FLOPs all get [those of the preset]")

@@ -12,6 +12,7 @@ from pathlib import Path
 import config
 from config import UserError
 from run import checkpoint
+from run.paper import PRESETS
 from studies import compare, plan, solvers
 from studies.output import markdown, origin, spread
 
@@ -123,22 +124,41 @@ def speed() -> str:
     head = ["latents", "K", "batch", "", "FLOPs, ours / our one scale", *(f"time, ours / {n}" for n in rivals.values())]
     packages = sorted({f"{name} {version}" for row in rows for name, version in row["packages"].items()})
     commands = "; ".join(dict.fromkeys(row["command"] for row in rows))
-    text = [f"{markdown(head, table)}\n\n{origin(rows, 'hardware', 'precision', 'versions')}; "
-            f"{', '.join(packages)}; `{commands}`."]
-    for row in lines("bench"):
-        if row.get("what") == "sample":
-            single, many = row["batch 1"], row["batch 64"]
-            text.append(
-                f"Sampling `{row['row']}` (`{row['command']}`; {origin([row], 'hardware')}): "
-                f"{single['seconds_per_image']:.2f} s for one image, {many['seconds_per_image']:.4f} s each in a batch "
-                f"of 64, NFE {many['nfe']:g} ({row['solver']}); a preview is {single['preview_speed_up']:.1f} times "
-                f"faster for one image, {many['preview_speed_up']:.1f} in a batch of 64.")
-    return "\n\n".join(text)
+    return (f"{markdown(head, table)}\n\n{origin(rows, 'hardware', 'precision', 'versions')}; {', '.join(packages)}; "
+            f"`{commands}`.")
+
+
+# What a GPU should reach: images/s of training, seconds of an image at batch 1. Estimated for an H200, before any run.
+TARGETS = {"celebahq-256": (1000, 0.3), "celebahq-512": (300, 0.6), "celebahq-1024": (55, 1.2),
+           "imagenet-256-B": (3300, ""), "imagenet-256-XL": (680, "")}
+MODES = ("float32", "bfloat16", "bfloat16 weights, graphs")
+
+
+def gpu() -> str:
+    """Training and sampling on the GPU that was measured last, in whole steps and at batch 1, without decoding."""
+    rows = [row for row in lines("gpu") if row["what"] == "gpu" and not row["dry_run"]]
+    rows = [row for row in rows if row["hardware"] == rows[-1]["hardware"]]
+
+    def cell(key, places, **wanted):
+        values = [row[key] for row in rows if wanted.items() <= row.items() and row[key] is not None]
+        return f"{values[-1]:.{places}f}" if values else "not measured"
+
+    table = []
+    for name, (images, seconds) in TARGETS.items():
+        eager, compiled = ({"figure": "training", "preset": name, "mode": mode} for mode in ("eager", "compiled"))
+        table.append([f"`{name}`", cell("images_per_second", 0, **eager), cell("images_per_second", 0, **compiled),
+                      images, cell("mfu", 2, **compiled), cell("memory_gb", 0, **compiled),
+                      *(cell("seconds_per_image", 2, figure="sampling", preset=name, batch=1, mode=mode)
+                        for mode in MODES), seconds, PRESETS[name].paper["seconds"]])
+    head = ["preset", "training, images/s", "compiled", "target", "MFU, compiled", "GB", *(
+        f"s / image, {mode}" for mode in MODES), "target", "paper, decoded"]
+    commands = "; ".join(dict.fromkeys(row["command"] for row in rows))
+    return markdown(head, table) + (f"\n\n{origin(rows, 'hardware', 'versions')}; `{commands}`." if rows else "")
 
 
 TABLES = {"digits": digits, "presets": plan.presets, "speed": speed, "study": study, "causal": causal,
           "mask_cost": mask_cost, "systems": partial(systems, "compare"), "fashion": partial(systems, "fashion"),
-          "ablations": ablations}
+          "ablations": ablations, "gpu": gpu, "quality": partial(systems, "quality")}
 
 
 def render(pages: dict[str, str]) -> dict[str, str]:

@@ -19,7 +19,7 @@ from studies import compare, tables
 
 
 def arguments(tmp_path, **given):
-    return SimpleNamespace(**{**dict(dataset="digits", ablation=None, seeds=2, steps=None, size=None, jobs=1,
+    return SimpleNamespace(**{**dict(dataset="digits", data=None, ablation=None, seeds=2, steps=None, size=None, jobs=1,
                                      device=None, out=str(tmp_path)), **given})
 
 
@@ -137,6 +137,26 @@ def test_a_table_stands_on_one_page(monkeypatch):
                          ({"one": page.format("a"), "two": page.format("a")}, "they stand on one, two")):
         with pytest.raises(UserError, match=words):
             tables.render(pages)
+
+
+def test_the_gpu_table_shows_the_newest_lines_of_the_last_gpu(monkeypatch):
+    """Cell by cell, and never those of a dry run."""
+    same = {"what": "gpu", "dry_run": False, "hardware": "H100", "versions": "torch 2", "commit": "abc",
+            "command": "python -m studies.bench gpu", "preset": "celebahq-512"}
+    training = {**same, "figure": "training", "mode": "compiled", "mfu": None, "memory_gb": 70.4}
+    sampling = {**same, "figure": "sampling", "mode": "float32", "batch": 1, "seconds_per_image": 0.987}
+    rows = [{**training, "hardware": "H200", "mode": "eager", "images_per_second": 270.0},
+            {**training, "images_per_second": 300.0}, {**training, "images_per_second": 333.3},
+            sampling, {**sampling, "mode": "bfloat16, graphs"}, {**sampling, "batch": 8, "mode": "bfloat16"},
+            {**training, "dry_run": True, "hardware": "CPU", "mode": "eager", "images_per_second": 7.0},
+            {"what": "gpu section", "dry_run": False, "section": "stages", "ended": "cut off"}]
+    monkeypatch.setattr(tables, "lines", lambda name: rows)
+    text, no = tables.gpu(), "not measured"
+    row = next(line for line in text.splitlines() if "celebahq-512" in line)
+    assert row == f"| `celebahq-512` | {no} | 333 | 300 | {no} | 70 | 0.99 | {no} | {no} | 0.6 | 2.6 |"
+    assert "\n\nH100; torch 2; commit abc; `python -m studies.bench gpu`." in text and "H200" not in text
+    monkeypatch.setattr(tables, "lines", lambda name: [row for row in rows if row["dry_run"]])
+    assert tables.gpu().count(no) == 5 * 7 and "CPU" not in tables.gpu()
 
 
 def test_what_the_tables_add_to_the_lines(monkeypatch):

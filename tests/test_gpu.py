@@ -6,7 +6,6 @@ backward: autograd's engine asks for a real GPU. The last tests need one, and ar
 
 import contextlib
 import ctypes
-import json
 import math
 import os
 import signal
@@ -29,12 +28,12 @@ import baselines
 import sample
 import train
 from config import Config, UserError
-from conftest import ROOT, needs_fork
+from conftest import needs_fork
 from data import batches
 from data.batches import BatchRandom, ImageRandom
 from data.conditions import Labels, Vectors
 from run import checkpoint, load, log, ranks
-from studies import gpu
+from studies import bench, compare, gpu, tables
 
 aten = torch.ops.aten
 GPU = torch.device("cuda:0")
@@ -301,8 +300,24 @@ def test_a_device_that_is_not_there(name, problem, monkeypatch):
         raise problem
 
     monkeypatch.setattr(torch, "zeros", zeros)
-    with pytest.raises(UserError, match=f"the device '{name}' cannot be used: [^\n]*$"):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match=f"^the device '{name}' cannot be used: [^\n]*; choose one of (.*)$") as error:
         ranks.best_device(name)
+    assert str(error.value).endswith("one of cpu, cuda:0, cuda:1")
+
+
+def test_an_old_gpu_does_not_train_in_bfloat16(monkeypatch, give_up, tmp_path):
+    """A T4 emulates it, slowly. Told before data are read, and before anything is written."""
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: torch.ones(1))
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    error = give_up("train.py", "--device", "cuda:0", "--precision", "bfloat16")
+    assert error == "error: Tesla T4 does not compute in bfloat16: add --precision float32"
+    assert not list(tmp_path.iterdir())
+    assert ranks.best_device("cuda:0") == GPU
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert ranks.best_device("cuda:0", "bfloat16") == GPU
 
 
 def test_cudnn_attention_is_off_on_a_gpu(monkeypatch):
@@ -332,7 +347,7 @@ def test_a_trained_network_is_put_on_the_device():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# studies.gpu, the command for the day when there is a GPU
+# studies.bench gpu, the command for the day when there is a GPU
 
 
 @needs_fork
@@ -355,14 +370,14 @@ def test_a_section_that_fails_or_hangs_loses_nothing_else(tmp_path, monkeypatch,
         os.kill(os.getpid(), signal.SIGKILL)
 
     sections = {"good": (good, 9), "bad": (bad, 9), "hang": (hang, 4), "crash": (crash, 9), "last": (good, 9)}
-    monkeypatch.setitem(gpu.COMMANDS, "speed", sections)
-    ends = {result["section"]: result["ended"] for result in gpu.measure("speed", tmp_path, 60, dry=True)}
+    monkeypatch.setitem(gpu.COMMANDS, "gpu", sections)
+    ends = {result["section"]: result["ended"] for result in gpu.measure("gpu", tmp_path, 60, dry=True)}
     assert ends == {"good": "finished", "bad": "failed", "hang": "cut off", "crash": "failed", "last": "finished"}
     lines = checkpoint.read_lines([tmp_path / "gpu.jsonl"])
     assert [line["section"] for line in lines if line.get("figure") == "figure"] == list(sections)
     assert [line["error"] for line in lines if line.get("figure") == "failed"] == ["ZeroDivisionError: no time"]
     assert "ZeroDivisionError" in (tmp_path / "log.txt").read_text()
-    assert "figure                           seconds 1.5" in capfd.readouterr().out
+    assert 'figure           {"seconds": 1.5}' in capfd.readouterr().out
     stat = Path("/proc", (tmp_path / "pid").read_text(), "stat")
     assert not stat.exists() or stat.read_text().split()[2] == "Z"              # what it started ended with it
 
@@ -370,40 +385,46 @@ def test_a_section_that_fails_or_hangs_loses_nothing_else(tmp_path, monkeypatch,
 @needs_fork
 def test_no_section_begins_after_the_budget(tmp_path, monkeypatch):
     sections = {"first": (lambda job: time.sleep(9), 99), "second": (lambda job: job.say("figure"), 99)}
-    monkeypatch.setitem(gpu.COMMANDS, "speed", sections)
+    monkeypatch.setitem(gpu.COMMANDS, "gpu", sections)
     began = time.monotonic()
-    assert [r["ended"] for r in gpu.measure("speed", tmp_path, 2, dry=True)] == ["cut off", "no time left"]
+    assert [r["ended"] for r in gpu.measure("gpu", tmp_path, 2, dry=True)] == ["cut off", "no time left"]
     assert time.monotonic() - began < 6
 
 
 @needs_fork
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_command_asks_for_a_dry_run(tmp_path, give_up):
-    error = give_up("studies.gpu", "--out", str(tmp_path))
+    error = give_up("studies.bench", "gpu", "--out", str(tmp_path))
     assert error == "error: there is no CUDA GPU here: add --dry-run for toy sizes on the CPU"
-    assert "--budget must be above 0" in give_up("studies.gpu", "--budget", "0")
+    assert "--budget must be above 0" in give_up("studies.bench", "gpu", "--budget", "0")
 
 
 @pytest.mark.slow
 @needs_fork
 @pytest.mark.parametrize("command, figures", [
-    ("speed", {"versions", "product", "copy", "attention", "gradients", "AdamW", "stage", "images per second",
-               "optimizer", "profile", "sampling", "curve", "loop"}),
-    ("quality", {"quality"}), ("colour", {"speed", "colour", "preview"})])
-def test_dry_run_of_every_section(command, figures, tmp_path):
-    """All sections finish on a CPU, without diffusers."""
-    (tmp_path / "modules").mkdir()
-    (tmp_path / "modules" / "diffusers.py").write_text("raise ImportError('not on that machine')")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tmp_path}/modules{os.pathsep}{ROOT}"}
-    words = [sys.executable, "-m", "studies.gpu", command, "--dry-run", "--budget", "260", "--out", tmp_path / "out"]
-    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=290)
-    log_file = tmp_path / "out" / "log.txt"
-    assert done.returncode == 0, done.stderr
-    assert set(json.loads(done.stdout.splitlines()[-1]).values()) == {"finished"}, done.stdout + log_file.read_text()
+    ("gpu", {"versions", "product", "copy", "attention", "gradients", "AdamW", "stage", "training", "end of a step",
+             "profile", "sampling", "curve", "loop"}),
+    ("gpu-quality", {"quality"}), ("gpu-colour", {"speed", "colour"})])
+def test_dry_run_of_every_section(command, figures, tmp_path, monkeypatch, capfd):
+    """All sections finish on a CPU, without diffusers, from the command line to the lines. One system of eight: the
+    others are other trainings."""
+    monkeypatch.setattr(compare, "SYSTEMS", {"LapFlow": {}})
+    monkeypatch.setitem(sys.modules, "diffusers", None)     # not on that machine
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bench", command, "--dry-run", "--budget", "200", "--out", "out"])
+    bench.main()
     lines = checkpoint.read_lines([tmp_path / "out" / "gpu.jsonl"])
+    ended = {line["section"]: line["ended"] for line in lines if line["what"] == "gpu section"}
+    assert ended == dict.fromkeys(gpu.COMMANDS[command], "finished"), (tmp_path / "out" / "log.txt").read_text()
     assert {line["figure"] for line in lines if line["what"] == "gpu"} == figures
-    assert all(line["dry_run"] for line in lines)
+    assert all(line["dry_run"] for line in lines) and not list((tmp_path / "out").glob("quality.jsonl"))
     assert len(list((tmp_path / "out").iterdir())) <= 8     # as many files come back from a lent machine
+    assert "finished after" in capfd.readouterr().out
+    monkeypatch.setattr(tables, "lines", lambda name: lines)
+    assert tables.gpu().count("not measured") == 5 * 7      # a dry run is not shown
+    lines = [{**line, "dry_run": False} for line in lines]
+    if command == "gpu":                                    # all but the share of an unknown peak, and two presets
+        assert tables.gpu().count("not measured") == 5 + 2 * 3
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -250,6 +250,15 @@ def test_a_failed_recording_is_reported_once_and_left_out(problem, capsys):
     assert err.count("CUDA graphs cannot be used") == 1 and err.count("\n") == 1
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this build has CUDA graphs")
+def test_a_build_without_graphs_samples_on(capsys):
+    run, settings = make_run(), dict(solver="euler", steps=4)
+    expected = images(run, **settings)
+    assert torch.equal(images(run, record=graphs.CudaGraph, **settings), expected)
+    err = capsys.readouterr().err
+    assert err.startswith("note: CUDA graphs cannot be used (") and err.count("\n") == 1
+
+
 def test_graphs_without_a_gpu_are_reported(capsys):
     run, settings = make_run(), {"precision": "float32", "solver": "euler", "steps": 4}
     expected = images(run, **settings)

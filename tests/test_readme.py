@@ -23,7 +23,8 @@ from scores import table
 PAGES = {name: (ROOT / name).read_text() for name in (
     "README.md", "docs/results.md", "docs/paper.md", "docs/scores.md", "CONTRIBUTING.md")}
 README = PAGES["README.md"]
-TABLES = {"digits", "fashion", "presets", "speed", "study", "causal", "mask_cost", "systems", "ablations"}
+TABLES = {"digits", "fashion", "presets", "speed", "study", "causal", "mask_cost", "systems", "ablations", "gpu",
+          "quality"}
 
 
 def section(title: str, page: str = README) -> str:

@@ -950,7 +950,7 @@ def test_a_lower_bound_of_memory_chooses_the_micro_batch(tmp_path, monkeypatch):
     "sample.py nowhere", "sample.py --num 0", "fid.py nowhere", "fid.py --num 3", "fid.py --repeat 0",
     "data.latents --res 4", "data.latents --data nowhere", "scores.reference --res 0",
     "scores.reference --data nowhere", "extras.causal preview nowhere", "extras.causal vary nowhere --number 1",
-    "extras.split nowhere.png", "studies.bench train --batch 7 --preset cats", "studies.bench sample nowhere",
+    "extras.split nowhere.png", "studies.bench gpu --budget 0", "studies.bench compare --sides 30",
     "studies.compare --seeds 0", "studies.solvers nowhere", "studies.solvers --num 3", "studies.mask_cost --record ."])
 def test_a_program_ends_with_one_sentence_and_1(monkeypatch, tmp_path, command):
     """An exit with text is that text on stderr and exit code 1. No traceback, nothing written."""
