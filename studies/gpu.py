@@ -85,14 +85,10 @@ class Job:
         return dataclasses.replace(cfg, size="32,1,2,2", res=64, batch=6, num_samples=8) if self.dry else cfg
 
 
-def facts_of(cfg: Config) -> dict:
-    return {**memory.paper_facts(cfg), "fingerprint": "random", "latent": None}
-
-
 def random_network(cfg: Config, device: torch.device) -> torch.nn.Module:
     """The network of a preset with weights that are random everywhere, the zeros of a new one too."""
     torch.manual_seed(0)
-    model = load.build_model(cfg, facts_of(cfg), device=device).to(device)
+    model = load.build_model(cfg, memory.paper_facts(cfg), device=device).to(device)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     return model
@@ -238,8 +234,8 @@ def time_stages(job: Job, name: str, model: torch.nn.Module, mode: str, micro: i
     """Seconds, share of the peak and memory of each stage, with a micro-batch that fits, which is returned; then images
     per second of whole steps. end: seconds that a step needs for its end."""
     cfg, peak, cuda = job.preset(name), memory.peak_flops(job.device), job.device.type == "cuda"
-    flops, state = memory.forward_flops(memory.meta_model(cfg, facts_of(cfg))), memory.memory_bytes(model, cfg, 0)
-    taken, used = [], []
+    flops = memory.forward_flops(memory.meta_model(cfg, memory.paper_facts(cfg)))
+    state, taken, used = memory.memory_bytes(model, cfg, 0), [], []
     while len(taken) < cfg.num_scales:
         stage = len(taken)
         if cuda:
@@ -312,7 +308,7 @@ def time_sampling(job: Job, name: str, modes: tuple, batch: int = 1) -> None:
     are from those of the first mode. The modes change the network in place: each goes further than the one before."""
     cfg, steps, first = job.preset(name), 3 if job.dry else paper.PRESETS[name].paper["nfe"], None
     model = random_network(cfg, job.device).eval().requires_grad_(False)
-    run, plain = load.Run(cfg, model, facts_of(cfg), job.out, 0, "random"), model.forward
+    run, plain = load.Run(cfg, model, memory.paper_facts(cfg), job.out, 0, "random"), model.forward
     load.full_float32()
 
     def draw(precision):
