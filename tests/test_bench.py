@@ -12,7 +12,7 @@ import torch
 
 from config import Config, UserError
 from data import batches
-from run import memory, paper
+from run import checkpoint, memory, paper
 from studies import bench, gpu, timing
 
 
@@ -89,6 +89,24 @@ def test_a_training_pass_trains_one_stage_on_the_same_images():
         assert torch.equal(work(), work())
         trained = [layer.linear.weight.grad is not None for layer in model.patch_out]
         assert trained == [i <= stage for i in range(3)]
+
+
+def test_stages_are_timed_with_a_micro_batch_that_fits(tmp_path, monkeypatch):
+    """Images per second are those of whole steps: micro-batches of each stage, and the end of the step."""
+    def training_pass(model, cfg, stage, micro, precision):
+        if micro * (stage + 1) > 6:
+            raise torch.OutOfMemoryError
+        return lambda: time.sleep(0.002 * (stage + 1))
+
+    monkeypatch.setattr(gpu, "training_pass", training_pass)
+    job = gpu.Job("stages", tmp_path, tmp_path, dry=True, data="", ends=0)
+    model = gpu.random_network(job.preset("celebahq-256"), "cpu")
+    assert gpu.time_stages(job, "celebahq-256", model, "eager", 6, end=0.02) == 3
+    first, failed, *again, training = checkpoint.read_lines([tmp_path / "gpu.jsonl"])
+    assert (first["micro_batch"], failed["figure"], failed["stage"]) == (6, "out of memory", 1)
+    assert [(row["stage"], row["micro_batch"]) for row in again] == [(0, 3), (1, 3)]
+    mean = statistics.mean(row["milliseconds"] for row in again) / 1000
+    assert training["images_per_second"] == pytest.approx(6 / (6 / 3 * mean + 0.02)) and mean > 0.003
 
 
 def test_the_random_cache_is_one_that_training_reads(tmp_path):
