@@ -153,9 +153,9 @@ class Config:
                     raise UserError(f"{name} belongs to LapFlow: leave it out with --method {self.method}")
         if self.method == "lfm" and self.num_scales != 1:
             raise UserError(f"LFM has one scale, not {self.num_scales}: leave out --num-scales and --starts")
-        if self.method == "dfm" and self.stages == "stratified" and self.batch < 10 * (self.num_scales - 1):
-            raise UserError("DFM trains its finer stages on a tenth of each batch: stratified stages need a batch of "
-                            f"at least {10 * (self.num_scales - 1)} images, not {self.batch}")
+        if self.method == "dfm" and self.stages == "stratified" and self.batch < 2 * (self.num_scales - 1):
+            raise UserError("DFM trains its finer stages on half of each batch: stratified stages need a batch of at "
+                            f"least {2 * (self.num_scales - 1)} images, not {self.batch}")
 
     def to_dict(self) -> dict:
         """Plain values only, for JSON and checkpoints."""

@@ -87,6 +87,7 @@ def setup(cfg: Config, ranks: Ranks) -> Job:
     dataset.to(ranks.device)
     facts = batches.facts(dataset)
     model = load.build_model(cfg, facts, dataset.examples(), ranks.device).to(ranks.device)
+    load.check_guidance(cfg, cfg.cfg_scale, model.condition)
     parts = memory.micro_batches(model, cfg, ranks)
     ema = copy.deepcopy(model).requires_grad_(False) if cfg.ema else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2),
@@ -166,7 +167,7 @@ def loop(job: Job, stop: StopSignals, deadline: float) -> None:
         ending = ranks.any(stop.asked or time.perf_counter() > deadline) or job.step == cfg.steps
         saving = job.step % cfg.save_every == 0 or ending
         if job.step % cfg.log_every == 0 or saving:
-            metrics.write(lambda step: batches.not_finite(job.dataset, cfg, step - 1, job.parts))
+            metrics.write()
         with metrics.paused():
             if saving:
                 save(job)

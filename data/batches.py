@@ -122,16 +122,6 @@ def micro_batches(dataset: "Dataset", cfg: Config, step: int, parts: list[slice]
             step += 1
 
 
-def not_finite(dataset: "Dataset", cfg: Config, step: int, parts: list[slice]) -> list[int]:
-    """Numbers of the images in these parts of a step whose x1 is not finite."""
-    index, device, numbers = order(len(dataset), cfg.seed, step * cfg.batch, cfg.batch), dataset.device, []
-    for part, (raw, _) in zip(parts, read_step(dataset, cfg, step, parts), strict=True):
-        x1 = dataset.x1(raw.to(device), BatchRandom(cfg.seed, step, cfg.batch, part, device))
-        finite = x1.isfinite().flatten(1).all(dim=1).cpu().numpy()
-        numbers += index[part][~finite].tolist()
-    return numbers
-
-
 def to_uint8(x: Tensor) -> Tensor:
     """Pixels in [-1, 1] to 0..255, rounded. The only place where this conversion is made."""
     return (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8)

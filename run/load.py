@@ -113,8 +113,7 @@ class Run:
         return latents.Autoencoder(self.cfg.vae, self.device, expect=self.facts["latent"])
 
     def ready(self) -> None:
-        """Loads what decoding needs. Raises UserError when this run cannot be sampled as its settings say."""
-        check_guidance(self.cfg, self.cfg.cfg_scale, self.condition)
+        """Loads what decoding needs."""
         _ = self.facts.get("latent") and self.autoencoder
 
     def decode(self, x1: Tensor) -> np.ndarray:

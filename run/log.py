@@ -103,9 +103,9 @@ class Log:
         self.lr = lr
         self.bar.update()
 
-    def write(self, bad_images: Callable = lambda step: []) -> dict:
+    def write(self) -> dict:
         """One line for the steps since the last. Steps that were not applied are named and left out; PATIENCE of them
-        in a row raise UserError. bad_images(step): numbers of this process's images that are not finite."""
+        in a row raise UserError."""
         rows = self.ranks.sum(torch.stack(self.rows)).double().cpu()                # waits for device and processes
         bins, first, applied = self.ranks.sum(self.bins).cpu(), 0, []
         norms = torch.stack([norm for _, _, norm in self.steps]).tolist()
@@ -115,7 +115,7 @@ class Log:
             if math.isfinite(norm):
                 applied.append((row, norm))
             else:
-                self.complain(step, row, norm, bad_images)
+                self.complain(step, row, norm)
         line = self.line(applied, bins, time.perf_counter() - self.began)
         if self.ranks.first:
             with open(self.file, "a") as file:
@@ -148,15 +148,11 @@ class Log:
             "memory_gb": torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None,
             "seconds_left": (cfg.steps - step) * seconds / len(self.steps)}
 
-    def complain(self, step: int, row: list, norm: float, bad_images: Callable) -> None:
-        """Names a step that was not applied, or raises UserError when it was one too many. All processes are here."""
+    def complain(self, step: int, row: list, norm: float) -> None:
+        """Names a step that was not applied, or raises UserError when it was one too many."""
         bands = [f"the loss of band {i} is {row[2 * i]}" for i in range(self.cfg.num_scales)
                  if not math.isfinite(row[2 * i])]
         text = f"{', '.join(bands) or f'the norm of the gradient is {norm}'} at step {step}"
-        if self.in_a_row in (1, PATIENCE):
-            if images := sum(self.ranks.gather(bad_images(step)), []):
-                more = " and others" if len(images) > 8 else ""
-                text += f" (image {', '.join(map(str, images[:8]))}{more} of the data is not finite)"
         if self.in_a_row < PATIENCE:
             if self.ranks.first:
                 print(f"warning: {text}: the step was not applied", file=sys.stderr)

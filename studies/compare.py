@@ -12,6 +12,7 @@ the same command continues after a stop. Each finished run is one line of --reco
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import os
 import signal
@@ -32,16 +33,19 @@ from data import batches
 from run import checkpoint, load, log, memory, paper, pictures
 from run.ranks import best_device
 from scores.classifier import load_classifier
+from scores.features import load_extractor
 from studies import plan
 from studies.output import markdown, origin, plot, spread
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# What is compared: name -> settings. Then the tables of the paper: name -> (settings, the paper's FID, CelebA-HQ 256).
+# What is compared: name -> settings, and on Fashion-MNIST the best of two learning rates, chosen on seed 100 (LOG.md).
+# Then the tables of the paper: name -> (settings, the paper's FID, CelebA-HQ 256).
 SYSTEMS = {"LapFlow": {}, "LFM": {"method": "lfm"}, "Pyramidal Flow": {"method": "pyramidal"},
            "Pyramidal Flow, zero overlap": {"method": "pyramidal-zero-overlap"}, "PixelFlow": {"method": "pixelflow"},
            "EdifyImage": {"method": "edify"}, "EdifyImage, plain weights": {"method": "edify-plain"},
            "DFM": {"method": "dfm"}}
+SHARED = {"LapFlow, shared weights": {"experts": "none"}}  # as many parameters as LFM
 ABLATIONS = {
     "mask": {"causal": ({}, 3.53), "none": ({"mask": "none"}, 3.91), "self": ({"mask": "self"}, 5.19)},
     "starts": {"T = 0.5": ({}, 3.53), "T = 0.1": ({"starts": (0.0, 0.1)}, 5.12),
@@ -64,14 +68,25 @@ ABLATIONS = {
                     {"experts": "none", "mask": "none", "full_range": False}, None)},
     "condition-tokens": {"on": ({}, None), "off": ({"condition_tokens": False}, None)},
 }
-COLUMNS = {"frechet_pixel": ("FD", 3), "frechet": ("FD, classifier", 3), "precision": ("precision", 3),
-           "recall": ("recall", 3), "class_variance": ("class variance", 3), "label_agreement": ("agreement", 3),
-           "nfe": ("NFE", 0)}
+COLUMNS = {"frechet_pixel": ("FD", 3), "frechet": ("FD, classifier", 2),
+           "frechet_efficientnet": ("FD, EfficientNet", 1), "precision": ("precision", 3), "recall": ("recall", 3),
+           "class_variance": ("class variance", 3), "label_agreement": ("agreement", 3), "nfe": ("NFE", 0)}
+
+
+def systems(dataset: str) -> dict[str, dict]:
+    """name -> settings of what is compared on a data set."""
+    if dataset != "fashion":
+        return SYSTEMS
+    best = {None: 1e-2}                                     # by method
+    return {name: {**given, "lr": best.get(given.get("method"), 1e-2)} for name, given in {**SYSTEMS, **SHARED}.items()}
 
 
 def variants(args: argparse.Namespace) -> dict:
     """name -> (settings, the paper's FID or None)."""
-    return ABLATIONS[args.ablation] if args.ablation else {name: (given, None) for name, given in SYSTEMS.items()}
+    if args.ablation:
+        return ABLATIONS[args.ablation]
+    chosen = {name: (given, None) for name, given in systems(args.dataset).items()}
+    return {name: chosen[name] for name in args.only} if args.only else chosen
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -127,7 +142,7 @@ def plan_runs(args: argparse.Namespace) -> list[tuple[str, Config]]:
             folder = "".join(c if c.isalnum() or c in "-._" else "_" for c in folder)
             runs.append((name, dataclasses.replace(
                 cfg, steps=steps, seed=seed, out=str(out / folder), save_every=max(1, steps // 4),
-                eval_every=0 if seed or args.ablation else max(1, steps // 5))))
+                eval_every=0 if seed or args.ablation or args.dataset == "fashion" else max(1, steps // 5))))
     return sorted(runs, key=lambda run: run[1].seed)
 
 
@@ -165,7 +180,8 @@ def train_one(name: str, cfg: Config, args: argparse.Namespace, commit: str, chi
     folder, report = Path(cfg.out), Path(cfg.out + ".log")
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     with open(report, "w") as file:
-        child = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *command_of(cfg, args.device)], stdout=file,
+        few = dataclasses.replace(cfg, num_samples=64) if cfg.dataset == "fashion" else cfg     # see judged
+        child = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *command_of(few, args.device)], stdout=file,
                                  stderr=file, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
     children.append(child)
     if child.wait() or not (folder / "scores.json").exists():           # a run that is asked to stop leaves with 0
@@ -188,15 +204,21 @@ def train_one(name: str, cfg: Config, args: argparse.Namespace, commit: str, chi
 
 def judged(cfg: Config, device: str | None, scores: dict) -> dict:
     """The scores of a run, with those of another judge: latents are compared with real images, not with decoded ones;
-    Fashion-MNIST is judged in the features of its classifier, and FD stays that of pixels."""
+    Fashion-MNIST is judged in the features of its classifier and, where it is installed, of EfficientNet; FD stays that
+    of pixels."""
     run = load.load_run(cfg.out, device=device)
-    images, y, _ = train.draw(run, cfg.num_samples, progress=False)
+    images, y, report = train.draw(run, cfg.num_samples, progress=False)
     if cfg.space == "latent":
         pixels = batches.load(dataclasses.replace(cfg, space="pixel", vae="", latents=""))
         return scores | fid.evaluate(pixels, images, y, batches.to_images)
     dataset = batches.load(cfg)
-    features = fid.evaluate(dataset, images, y, run.decode, load_classifier(dataset, run.decode, run.device))
-    return scores | features | {"real": scores["real"] | features["real"]}
+    scores = {**report, **fid.evaluate(dataset, images, y, run.decode)}
+    if importlib.util.find_spec("efficientnet_lite_pytorch"):
+        judged = fid.evaluate(dataset, images, y, run.decode, load_extractor("efficientnet"))
+        for side, values in ((scores, judged), (scores["real"], judged["real"])):
+            side |= {f"{name}_efficientnet": values[name] for name in ("frechet", "kid", "precision", "recall")}
+    judged = fid.evaluate(dataset, images, y, run.decode, load_classifier(dataset, run.decode, run.device))
+    return scores | judged | {"real": scores["real"] | judged["real"]}
 
 
 def measure_times(planned: list[tuple[str, Config]], args: argparse.Namespace, rounds: int = 3,
@@ -290,17 +312,26 @@ def verdict(runs_of: dict, paper_fid: dict) -> str:
     return f"of {total} pairs " + ", ".join(f"{n} {what}" for what, n in counts.items()) if total else ""
 
 
-def draw_curves(path: Path, runs_of: dict) -> None:
-    """Distance against training FLOPs, of the first seed; the last point of each is the finished run."""
-    curves = []
-    for name, lines in runs_of.items():
-        for line in lines[:1]:
-            points = [*line["curve"], [line["config"]["steps"], line["frechet_pixel"]]]
-            each = line["training_flops"] / line["config"]["steps"]
-            curves.append(([step * each for step, _ in points], [distance for _, distance in points],
-                           dict(marker="o", label=name)))
+def draw_curves(path: Path, runs_of: dict, lines: list[dict]) -> None:
+    """Distance against training FLOPs: along the run of the first seed; where a classifier judges, over all lines of
+    a system, runs of several lengths, the mean of their seeds."""
+    curves, judged = [], any("frechet" in line for line in lines)
+    for name, runs in runs_of.items():
+        points = []
+        if judged and runs:
+            by_length = {}
+            for line in lines:
+                if line["what"] == "run" and line["settings"] == runs[0]["settings"]:
+                    by_length.setdefault(line["training_flops"], []).append(line["frechet"])
+            points = sorted((flops, statistics.mean(values)) for flops, values in by_length.items())
+        elif runs:
+            line, each = runs[0], runs[0]["training_flops"] / runs[0]["config"]["steps"]
+            points = [(step * each, distance) for step, distance in line["curve"]]
+            points.append((line["training_flops"], line["frechet_pixel"]))
+        if points:
+            curves.append((*map(list, zip(*points, strict=True)), dict(marker="o", label=name)))
     plot(path, curves, plain=False, xscale="log", yscale="log", xlabel="training FLOPs",
-         ylabel="Frechet distance, pixels in [0, 1]")
+         ylabel="Frechet distance, classifier" if judged else "Frechet distance, pixels in [0, 1]")
 
 
 def draw_samples(path: Path, planned: list[tuple[str, Config]], device: str | None) -> None:
@@ -344,7 +375,7 @@ def report(planned: list[tuple[str, Config]], args: argparse.Namespace) -> None:
     (out / f"{name}.md").write_text(text + "\n")
     draw_samples(out / f"{name}.png", planned, args.device)
     if not args.ablation:
-        draw_curves(out / f"{name}-flops.png", done)
+        draw_curves(out / f"{name}-flops.png", done, lines)
     print(f"{text}\nwrote      {out}/{name}.md, {name}.png{'' if args.ablation else f', {name}-flops.png'}; "
           f"lines in {args.record}")
 
@@ -354,6 +385,7 @@ def main() -> None:
     parser.add_argument("--dataset", choices=("digits", "photos", "fashion"), default="digits", help="[digits]")
     parser.add_argument("--data", help="folder of Fashion-MNIST's files, or hf:OWNER/NAME [that of Debian]")
     parser.add_argument("--ablation", choices=ABLATIONS, help="a table of the paper [the systems]")
+    parser.add_argument("--only", nargs="+", metavar="SYSTEM", help="some of the systems, LapFlow first [all]")
     parser.add_argument("--seeds", type=int, default=3, help="training seeds 0, 1, ... [3]")
     parser.add_argument("--steps", type=int, help="steps of LapFlow, whose FLOPs all get [those of the preset]")
     parser.add_argument("--size", help="size of all models [that of the preset]")
@@ -367,6 +399,8 @@ def main() -> None:
     if args.dataset != "digits" and args.ablation == "space" or (
             args.dataset == "photos" and args.ablation in ("scales", "starts")):
         raise UserError(f"--ablation {args.ablation} is written for the two scales of the digits: leave out --dataset")
+    if args.only and (args.only[0] != "LapFlow" or not set(args.only) <= set(systems(args.dataset))):
+        raise UserError(f"--only takes LapFlow, whose FLOPs all get, then some of {list(systems(args.dataset))[1:]}")
     args.record = Path(args.record or Path(args.out) / "results.jsonl")
     log.check_record(args.record)
     Path(args.out).mkdir(parents=True, exist_ok=True)

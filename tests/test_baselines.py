@@ -276,7 +276,7 @@ def test_dfm_takes_the_steps_of_its_paper():
 
 
 def test_dfm_bands_that_are_not_active_get_no_gradient_and_are_not_read():
-    model, schedule = network(config("dfm", 2), std=0.1), dfm.Decomposable(stages="batch")
+    model, schedule = network(config("dfm", 2), std=0.1), dfm.Decomposable(stages="batch", coarse_share=0.9)
     x1, lengths = torch.randn(4, 1, 16, 16), []
     for step in range(30):
         model.zero_grad()
@@ -300,7 +300,8 @@ def test_dfm_trains_the_times_of_its_algorithm():
         t[times.shape[1] - 1].append(times)
         return [torch.zeros_like(band) for band in bands]
 
-    dfm.loss(model, torch.zeros(20000, 1, 8, 8), None, dfm.Decomposable(stages="stratified"), BatchRandom(0, 0, 20000))
+    dfm.loss(model, torch.zeros(20000, 1, 8, 8), None, dfm.Decomposable(stages="stratified", coarse_share=0.9),
+             BatchRandom(0, 0, 20000))
     one, two = (torch.logit(part[0]) for part in t)
     assert len(one) == 18000 and len(two) == 2000
     assert one.mean().item() == pytest.approx(0, abs=0.03) and one.std().item() == pytest.approx(1, abs=0.03)
@@ -327,7 +328,7 @@ def test_parameters_and_cost_are_those_of_the_papers():
 
 @pytest.mark.parametrize("method, batch, counts", [
     ("lapflow", 12, [4, 4, 4]), ("edify", 10, [4, 3, 3]), ("pyramidal", 11, [4, 4, 3]), ("separate", 3, [1, 1, 1]),
-    ("lfm", 5, [5]), ("dfm", 20, [18, 1, 1]), ("dfm", 200, [180, 10, 10])])
+    ("lfm", 5, [5]), ("dfm", 20, [10, 5, 5]), ("dfm", 200, [100, 50, 50])])
 def test_stratified_stages_divide_the_global_batch(method, batch, counts):
     schedule = SYSTEMS[method].schedule(config(method, batch=max(batch, 20), stages="stratified"))
     whole = schedule.stage_of_rows(BatchRandom(0, 7, batch))
@@ -343,7 +344,7 @@ def test_stratified_stages_divide_the_global_batch(method, batch, counts):
 
 
 def test_stratified_stages_of_dfm_are_spread_evenly():
-    stage = dfm.Decomposable(stages="stratified").stage_of_rows(BatchRandom(0, 0, 100))
+    stage = dfm.Decomposable(stages="stratified", coarse_share=0.9).stage_of_rows(BatchRandom(0, 0, 100))
     assert np.flatnonzero(stage).tolist() == list(range(9, 100, 10))
     halves = dfm.Decomposable(stages="stratified", coarse_share=0.5)
     assert halves.shares == [0.5, 0.5] and halves.stage_of_rows(BatchRandom(0, 0, 6)).tolist() == [0, 1] * 3
@@ -455,7 +456,7 @@ def test_stage_inputs_are_what_a_pass_of_a_stage_takes(method):
     (dict(method="dfm", mask="none"), "mask belongs to LapFlow"),
     (dict(method="edify", noise="independent"), "noise belongs to LapFlow"),
     (dict(method="lfm", num_scales=2), "LFM has one scale"),
-    (dict(method="dfm", batch=8), "at least 10 images"),
+    (dict(method="dfm", num_scales=3, batch=3), "at least 4 images"),
     (dict(method="gan"), "unknown method 'gan'; choose one of lapflow, lfm")])
 def test_settings_that_do_not_fit_a_method_are_reported(settings, words):
     with pytest.raises(UserError, match=words):
@@ -472,7 +473,7 @@ def test_training_continues_and_its_run_is_loaded_and_exported(method, tmp_path,
     quick = dict(method=method, num_scales=1 if method == "lfm" else 2, size="32,2,2,2", batch=20, solver="midpoint",
                  solver_steps=4, out=str(tmp_path / "run"), num_samples=5)
     train.train(Config(**quick, steps=3), device="cpu")
-    train.train(Config(**quick, steps=5), device="cpu")
+    train.finish(train.train(Config(**quick, steps=5), device="cpu"))
     assert "continuing" in capsys.readouterr().out and (tmp_path / "run/trajectory.png").exists()
     run = load_run(str(tmp_path / "run"), device="cpu")
     draw = partial(sampling.generate, num=3, y=torch.arange(3), progress=False, solver="euler", steps=8, cfg_scale=1.5)

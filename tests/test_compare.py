@@ -1,6 +1,7 @@
 """studies.compare: equal training FLOPs, commands that repeat a run, tables from lines, and nothing is run twice."""
 
 import argparse
+import importlib.util
 import json
 import shlex
 from types import SimpleNamespace
@@ -11,7 +12,6 @@ import torch
 
 import config
 from config import Config, UserError
-from conftest import train_and_score
 from data import fashion
 from run import checkpoint, memory, paper
 from run.paper import PRESETS
@@ -20,7 +20,7 @@ from studies import compare, tables
 
 def arguments(tmp_path, **given):
     return SimpleNamespace(**{**dict(dataset="digits", data=None, ablation=None, seeds=2, steps=None, size=None, jobs=1,
-                                     device=None, out=str(tmp_path)), **given})
+                                     device=None, out=str(tmp_path), only=None), **given})
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +96,7 @@ def test_tables_have_mean_and_spread_over_seeds():
     assert "| 0.0123 |" in text and "| *real images* | 0.070 |" in text and "2 seeds" in text and "| C" not in text
     assert "paper" not in compare.table({"A": [line(0, 0.1)]}, {"A": None}, {})
     judged = compare.table({"A": [line(0, 0.1, frechet=0.8, swd_16=3.14)]}, {}, {})
-    assert "| FD | FD, classifier |" in judged and "| A | 0.100 | 0.800 |" in judged and "| SWD 16 |" in judged
+    assert "| FD | FD, classifier |" in judged and "| A | 0.100 | 0.80 |" in judged and "| SWD 16 |" in judged
     with pytest.raises(UserError, match="cannot share a table"):
         compare.table({"A": [line(0, 0.1), line(1, 0.1, training_flops=2e12)]}, {}, {})
 
@@ -161,7 +161,7 @@ def test_the_gpu_table_shows_the_newest_lines_of_the_last_gpu(monkeypatch):
 
 def test_what_the_tables_add_to_the_lines(monkeypatch):
     text = tables.systems("compare")
-    assert "| LapFlow | 0.101 ± 0.005 |" in text and "The row of DFM ranks a setting, not the method" in text
+    assert "| LapFlow | 0.101 ± 0.005 |" in text and "DFM trains its two stages equally often" in text
     assert tables.systems("nothing") == "not measured yet"
     assert "| digits | 21% | 19% | 11% | 0.76% | 5e-05% |" in tables.mask_cost()
     assert "| dopri5 0.001, float32 | 52 |" in tables.study() and "all 42 are in" in tables.study()
@@ -204,7 +204,8 @@ def test_latents_of_the_small_autoencoder(run_script, tmp_path):
 
 
 def test_fashion_is_judged_by_its_classifier(tmp_path, monkeypatch):
-    """And the scores of pixels stay."""
+    """And by EfficientNet, on the same images as in pixels."""
+    import train
     from scores import classifier
 
     monkeypatch.chdir(tmp_path)
@@ -212,9 +213,11 @@ def test_fashion_is_judged_by_its_classifier(tmp_path, monkeypatch):
     monkeypatch.setitem(classifier.SETTINGS, "least", 2)
     cfg = Config(dataset="fashion", res=32, size="32,1,2,4", steps=2, batch=16, num_samples=140, out="run",
                  solver="euler", solver_steps=2)
-    train_and_score(cfg)
-    scores = json.loads((tmp_path / "run/scores.json").read_text())
-    both = compare.judged(cfg, "cpu", scores)
-    assert both["frechet_pixel"] == scores["frechet_pixel"] and both["frechet"] > 0 and "extractor" in both
-    assert both["real"]["frechet_pixel"] == scores["real"]["frechet_pixel"] and both["real"]["frechet"] > 0
+    train.train(cfg, device="cpu")
+    both = compare.judged(cfg, "cpu", {})
+    for scores in (both, both["real"]):                     # 150 images are compared with as many others
+        assert scores["frechet_pixel"] > 0 and scores["frechet"] > 0 and "label_agreement" in scores
+        assert scores["n"] == scores["n_reference"] == 140
+        if importlib.util.find_spec("efficientnet_lite_pytorch"):
+            assert scores["frechet_efficientnet"] > 0 and "kid_efficientnet" in scores
     assert torch.load(next((tmp_path / "judges").glob("*.pt")), weights_only=True)

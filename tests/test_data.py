@@ -226,17 +226,6 @@ def test_an_unconditional_set_draws_no_label_drop(tmp_path):
     assert whole[1] is None and torch.equal(whole[2], BatchRandom(cfg.seed, 0, 4).rand())
 
 
-def test_images_that_are_not_finite_are_found(monkeypatch):
-    cfg, digits = Config(batch=8), batches.digits()
-    bad, x1 = order(1797, 0, 16, 8)[5], batches.Images.x1
-    poisoned = torch.from_numpy(digits.pixels[bad])
-    monkeypatch.setattr(batches.Images, "x1", lambda self, raw, rng=None: torch.where(
-        (raw == poisoned).flatten(1).all(dim=1).view(-1, 1, 1, 1), torch.nan, x1(self, raw)))
-    parts = [slice(0, 4), slice(4, 8)]
-    assert batches.not_finite(digits, cfg, 2, parts) == [bad]
-    assert batches.not_finite(digits, cfg, 2, parts[:1]) == batches.not_finite(digits, cfg, 1, parts) == []
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # vectors
 

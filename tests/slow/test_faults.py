@@ -39,7 +39,6 @@ from conftest import (
     tiny,
     worker,
 )
-from data import batches
 from run import checkpoint, log
 from run.ranks import StopSignals
 
@@ -346,23 +345,6 @@ def test_nine_in_a_row_do_not(tmp_path, monkeypatch):
     break_steps(monkeypatch, set(range(2, 11)))
     train.train(tiny(tmp_path, steps=12), device="cpu")
     assert state(tiny(tmp_path))["step"] == 12
-
-
-@pytest.mark.parametrize("stages", ["batch", "stratified"])
-def test_the_image_that_is_not_finite_is_named(tmp_path, monkeypatch, capsys, stages):
-    cfg = tiny(tmp_path, steps=5, stages=stages)
-    bad = batches.order(1797, cfg.seed, 2 * cfg.batch, cfg.batch)[5]            # the sixth image of step 3
-    images, x1 = batches.load(cfg), batches.Images.x1
-
-    def poisoned(self, raw, rng=None):
-        wrong = (raw == torch.from_numpy(images.pixels[bad])).flatten(1).all(dim=1).view(-1, 1, 1, 1)
-        return torch.where(wrong, float("nan"), x1(self, raw, rng))
-
-    monkeypatch.setattr(batches.Images, "x1", poisoned)
-    train.train(cfg, device="cpu")
-    errors = capsys.readouterr().err
-    assert f"(image {bad} of the data is not finite)" in errors and "at step 3" in errors
-    assert errors.count("not applied") == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
