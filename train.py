@@ -30,7 +30,7 @@ import sample
 from config import Config, UserError
 from data import batches
 from run import checkpoint, gallery, load, log, memory, paper, pictures
-from run.ranks import Ranks, StopSignals
+from run.ranks import Ranks, StopSignals, has_bfloat16
 
 FUSED = ("cpu", "cuda")                                     # devices with a fused AdamW
 
@@ -81,6 +81,8 @@ class Job:
 
 def setup(cfg: Config, ranks: Ranks) -> Job:
     """Data, model, optimizer, and this process's rows of every batch."""
+    if cfg.precision == "bfloat16" and not has_bfloat16(ranks.device):
+        raise UserError(f"{ranks.device} is too old to compute in bfloat16: add --precision float32")
     torch.manual_seed(cfg.seed)
     torch.set_float32_matmul_precision("high")              # TF32 where a GPU computes in float32
     dataset = batches.load(cfg)
@@ -240,7 +242,7 @@ def train(cfg: Config, fresh: bool = False, device: str | None = None, stop_afte
     saves. Called in each process that torchrun starts. The first returns the finished run, None when it was stopped."""
     began = time.perf_counter()
     with (StopSignals("stopped before the first step; the same command starts again") as stop,
-          Ranks.start(device, cfg.precision) as ranks):
+          Ranks.start(device) as ranks):
         job = setup(cfg, ranks)
         job.began = began
         resume(job, fresh)

@@ -38,22 +38,18 @@ def has_bfloat16(device: torch.device) -> bool:
     return device.type != "cuda" or bool(torch.version.hip) or torch.cuda.get_device_capability(device)[0] >= 8
 
 
-def best_device(name: str | None = None, precision: str = "float32") -> torch.device:
-    """The device of that name, or the best of this machine. Raises UserError when it cannot be used, or is too old for
-    this precision."""
+def best_device(name: str | None = None) -> torch.device:
+    """The device of that name, or the best of this machine. Raises UserError when it cannot be used."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.zeros(1, device=name).item()
         if name.startswith("cuda"):                         # its backward gave NaN for lengths of 64 mod 128 (pytorch
             torch.backends.cuda.enable_cudnn_sdp(False)     # issue 196678), and ours are such: flash attention instead
-        device = torch.device(name)
+        return torch.device(name)
     except (RuntimeError, AssertionError) as problem:
         there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
         raise UserError(f"the device {name!r} cannot be used: {first_line(problem)}; choose one of {there}") from None
-    if precision == "bfloat16" and not has_bfloat16(device):
-        raise UserError(f"{torch.cuda.get_device_name(device)} does not compute in bfloat16: add --precision float32")
-    return device
 
 
 class StopSignals:
@@ -100,10 +96,10 @@ class Ranks:
     device: torch.device
 
     @classmethod
-    def start(cls, device: str | None = None, precision: str = "float32") -> "Ranks":
+    def start(cls, device: str | None = None) -> "Ranks":
         """Joins the processes that torchrun started, or stays alone. NCCL on GPUs, gloo on CPUs."""
         if "RANK" not in os.environ:
-            return cls(0, 1, best_device(device, precision))
+            return cls(0, 1, best_device(device))
         local = int(os.environ.get("LOCAL_RANK", 0))
         if device and ":" in device:
             raise UserError(f"torchrun gives every process a GPU of its own: leave out --device {device}")
@@ -113,7 +109,7 @@ class Ranks:
                                 f"{torch.cuda.device_count()}: lower --nproc_per_node")
             device = f"cuda:{local}"
             torch.cuda.set_device(device)
-        device = best_device(device, precision)
+        device = best_device(device)
         store, rank, world = next(rendezvous("env://", timeout=TIMEOUT))
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT,
                                 store=fresh_part(store, rank, world), rank=rank, world_size=world)
