@@ -28,7 +28,7 @@ import config
 from config import UserError, check_solver
 from data import conditions
 from data.batches import ImageRandom
-from run import gallery, graphs, load
+from run import card, gallery, graphs, load
 from run.load import Run
 from run.ranks import Ranks
 from run.solver import solver_options
@@ -179,20 +179,18 @@ def main() -> None:
     parser.add_argument("--out", help="directory to write [RUN/samples]")
     parser.add_argument("--format", choices=("npz", "shards", "png"), default="npz",
                         help="samples.npz; a shard for each batch; or a folder of PNG [npz]")
-    parser.add_argument("--export", metavar="DIR", help="write the weights to share, safetensors, and no images")
+    parser.add_argument("--export", metavar="DIR", help="write what is to be shared: safetensors and a model card")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="upload the export to the hub, after a question")
+    parser.add_argument("--yes", action="store_true", help="answer that question")
     args = parser.parse_args()
     config.check_sampling_flags(args, least=1)
+    card.check_push(args)
     with Ranks.start(args.device) as ranks:
         run = load.load_run(args.run, args.raw, str(ranks.device), args.vae)
         if args.compile:
             load.compile_blocks(run.model)
         if args.export:
-            if ranks.world > 1:
-                raise UserError("an export is made by one process: start it with python")
-            load.export(run, Path(args.export))
-            print(f"wrote      {args.export}/model.safetensors, config.json: {run.weights} weights at step {run.step}; "
-                  f"python sample.py {args.export}")
-            return
+            return card.share(run, args, ranks)
         y = conditions.choose(run.condition, args.num, args.labels, args.vectors)
         settings = graphs.speed_up(run, load.solver_settings(run.cfg, args), args.graphs)
         in_cache = args.run is not None and not Path(args.run).exists()         # of the hub

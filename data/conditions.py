@@ -4,6 +4,7 @@ A condition is a small module with an embedding (forward), a null (for label dro
 samples (draw), and captions (describe). A network takes any module with these four; nothing else knows what y is.
 """
 
+import operator
 from collections.abc import Callable
 
 import numpy as np
@@ -91,14 +92,46 @@ def choose(condition: nn.Module | None, num: int, labels: str = "balanced",
         rows = torch.from_numpy(np.load(vectors, allow_pickle=False)).float()
     except Exception as problem:                            # numpy raises many kinds for a damaged file
         raise UserError(f"cannot read the vectors in {vectors}: {first_line(problem)}") from None
-    dim = condition.examples.shape[1]
-    if rows.ndim != 2 or rows.shape[1] != dim or not len(rows) or not rows.isfinite().all():
-        raise UserError(f"the vectors in {vectors} must be finite, of shape (n, {dim}); theirs is {tuple(rows.shape)}")
+    check_vectors(condition, rows, f"the vectors in {vectors}")
     return rows[torch.arange(num) % len(rows)]
 
 
-def find_label(classes: list[str], text: str) -> int:
-    """The number of a class, by name or number; classes named by numbers go by their names only. Raises UserError."""
+def check_vectors(condition: Vectors, rows: Tensor, name: str) -> None:
+    dim = condition.examples.shape[1]
+    if rows.ndim != 2 or rows.shape[1] != dim or not len(rows) or not rows.isfinite().all():
+        raise UserError(f"{name} must be finite, of shape (n, {dim}); theirs is {tuple(rows.shape)}")
+
+
+def listed(condition: nn.Module | None, num: int | None, labels: list | str | int | None = None,
+           vectors: np.ndarray | Tensor | None = None) -> Tensor | None:
+    """The conditions y (N, ...) that a script lists, None for an unconditional run; N is num, else their number or 40.
+
+    labels: names or numbers of classes, or one of them; vectors (n, dim); both in turn. Neither: what the run has."""
+    if num is not None and num < 1:
+        raise UserError(f"the number of images must be at least 1, not {num}")
+    trained = "without classes" if condition is None else f"on {type(condition).__name__.lower()}"
+    for given, kind, name in ((labels, Labels, "labels"), (vectors, Vectors, "vectors")):
+        if given is not None and not isinstance(condition, kind):
+            raise UserError(f"this run was trained {trained}: leave out {name}=")
+    if labels is not None:
+        labels = [labels] if isinstance(labels, (str, int)) else labels
+        rows = torch.tensor([find_label(condition.classes, label) for label in labels], dtype=torch.long)
+        if not len(rows):
+            raise UserError("labels= is empty: list one class at least, or leave it out")
+    elif vectors is not None:
+        rows = torch.as_tensor(vectors, dtype=torch.float32).cpu()
+        check_vectors(condition, rows, "vectors=")
+    else:
+        return None if condition is None else condition.draw(num or 40).cpu()
+    return rows[torch.arange(num or len(rows)) % len(rows)]
+
+
+def find_label(classes: list[str], text: str | int) -> int:
+    """The number of a class, by name or number; texts of classes named by numbers are names. Raises UserError."""
+    if not isinstance(text, str):
+        if not 0 <= text < len(classes):
+            raise UserError(f"there is no class number {text}: this run has 0 to {len(classes) - 1}")
+        return operator.index(text)
     if text in classes:
         return classes.index(text)
     names_are_numbers = any(name.isdecimal() for name in classes)

@@ -63,6 +63,16 @@ def preview(run: Run, numbers: Iterable[int], y: Tensor | None, seed: int = 0, b
     return run.schedule.image(coarse), nfe
 
 
+def thumbnails(run: Run, num: int, y: Tensor | None, seed: int = 0, batch: int = 250, **settings) -> np.ndarray:
+    """Previews of the images 0..num-1 of a seed: uint8 (num, r, r, C). y: of all images."""
+    check_run(run)
+    load.check_guidance(run.cfg, settings["cfg_scale"], run.condition)
+    load.full_float32()
+    parts = [preview(run, part, None if y is None else y[part.start : part.stop], seed, **settings)[0]
+             for part in sample.chunks_of(num, batch)]
+    return np.concatenate([run.decode(x1) for x1 in parts])
+
+
 def vary(run: Run, number: int, count: int, y: Tensor | None, seed: int = 0, bands: int = 1,
          **settings) -> tuple[Tensor, int]:
     """Variations of one image: its coarse noise, and `count` times the fine noise of another seed. Returns x1 and NFE.
@@ -163,13 +173,21 @@ def image_numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
-def check(run: Run, args: argparse.Namespace) -> None:
-    config.check_sampling_flags(args, least=1)
+def check_run(run: Run, causal: bool = True) -> None:
+    """Raises UserError for a run without coarse bands of their own; causal=False: where they may read finer ones."""
     for wrong, problem in (
             (run.cfg.method != "lapflow", f"this run was trained with --method {run.cfg.method}, not lapflow"),
-            (run.cfg.mask not in ("causal", "self") and args.command != "upsample",
+            (run.cfg.mask not in ("causal", "self") and causal,
              f"this run was trained with --mask {run.cfg.mask}: its coarse bands read finer ones"),
-            (run.cfg.num_scales == 1, "this run has one band: nothing is coarser or finer"),
+            (run.cfg.num_scales == 1, "this run has one band: nothing is coarser or finer")):
+        if wrong:
+            raise UserError(problem)
+
+
+def check(run: Run, args: argparse.Namespace) -> None:
+    config.check_sampling_flags(args, least=1)
+    check_run(run, causal=args.command != "upsample")
+    for wrong, problem in (
             (not 1 <= args.bands < run.cfg.num_scales,
              f"--bands must be at least 1 and below {run.cfg.num_scales}, not {args.bands}"),
             (args.command != "preview" and args.num > args.batch,

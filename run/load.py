@@ -5,9 +5,13 @@
     EXPORT/config.json              the configuration, the classes, the latents, the step
 
 An export comes from anybody: it holds plain data, and no path in it is followed, neither to images nor to a VAE.
-`python sample.py X` takes either, or an export on the Hugging Face hub: OWNER/NAME or OWNER/NAME@REVISION.
+`python sample.py X` takes either, or an export on the Hugging Face hub: OWNER/NAME or OWNER/NAME@REVISION. In a script:
+
+    from run.load import load_run
+    images = load_run("OWNER/NAME").sample(labels=["7"] * 16, seed=0)           # uint8 (16, H, W, C)
 """
 
+import argparse
 import dataclasses
 import hashlib
 import json
@@ -25,7 +29,7 @@ from torch import Tensor
 
 import baselines
 from config import Config, UserError
-from data import batches, latents, sources
+from data import batches, conditions, latents, sources
 from data.conditions import condition_of
 from data.sources import explain
 from model import MoTBlock, MoTDiT
@@ -33,7 +37,7 @@ from run import checkpoint
 from run.checkpoint import VERSION
 from run.paper import cache_folder
 from run.ranks import best_device
-from run.solver import solver_settings  # noqa: F401  (what a run can be asked for)
+from run.solver import solver_settings
 
 
 @contextmanager
@@ -119,6 +123,32 @@ class Run:
     def decode(self, x1: Tensor) -> np.ndarray:
         """What the model generates (B, C, H, W) as images uint8 (B, R, R, C)."""
         return batches.to_images(x1 if self.facts.get("latent") is None else self.autoencoder.decode(x1))
+
+    def sample(self, num: int | None = None, *, labels: list[str | int] | str | int | None = None,
+               vectors: np.ndarray | Tensor | None = None, seed: int = 0, preview: bool = False,
+               cfg_scale: float | None = None, steps: int | None = None, batch: int = 250) -> np.ndarray:
+        """Images 0, 1, ... of a seed, as sample.py draws them: uint8 (N, R, R, C).
+
+        labels      class names or numbers, one for each image, or one for all; vectors (N, dim) of a run on vectors.
+                    With `num` they are taken in turn; without either, all that the run has in turn
+        num         how many images [as many as labels or vectors, or 40]
+        preview     the coarsest band only: thumbnails (N, r, r, C) of the same images, in less time
+        cfg_scale   guidance w; 1 is none [that of the run]
+        steps       of the run's solver, or of heun where that is dopri5 [the run's solver and tolerances]
+        batch       images at a time: less takes less memory
+
+        Raises UserError for what the run does not have: classes, vectors, guidance, a coarse band of its own."""
+        import sample  # upwards, here alone (tests/test_house.py)
+
+        y = conditions.listed(self.condition, num, labels, vectors)
+        num = num or 40 if y is None else len(y)
+        solver = "heun" if steps and self.cfg.solver == "dopri5" else None
+        settings = solver_settings(self.cfg, argparse.Namespace(cfg=cfg_scale, steps=steps, solver=solver))
+        if preview:
+            from extras import causal
+
+            return causal.thumbnails(self, num, y, seed, batch, **settings)
+        return sample.generate(self, num, y, seed, batch, **settings)[0]
 
 
 def load_run(name: str | None = None, raw: bool = False, device: str | None = None, vae: str | None = None) -> Run:

@@ -9,6 +9,8 @@ One line of metrics.jsonl for every --log-every steps:
     images_per_second               over all processes, also ..._per_gpu; seconds_left at this speed
     data_wait                       share of the time spent waiting for data
     mfu, memory_gb                  share of the GPUs' peak FLOP/s and peak memory of the first, null when unknown
+
+starts.jsonl has a line for each start of the run: step, date, commit, hardware, command, versions.
 """
 
 import functools
@@ -54,10 +56,10 @@ class Log:
         self.bar = tqdm(total=cfg.steps, initial=step, desc="training", unit="step", mininterval=0.5,
                         disable=not (ranks.first and self.terminal))
         if ranks.first:
-            lines = checkpoint.read_lines([self.file]) if self.file.exists() else []
-            temporary = self.file.with_suffix(".tmp")       # without what a run wrote after its last checkpoint
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))
-            os.replace(temporary, self.file)
+            starts = self.out / "starts.jsonl"
+            keep_lines(self.file, lambda line: line["step"] <= step)            # not after the last checkpoint
+            keep_lines(starts, lambda line: line["step"] < step)                # not of a start that saved nothing
+            checkpoint.append_line(starts, {"step": step, **provenance(ranks.device)})
             self.logger = open_logger(cfg, self.out)
         self.clear()
 
@@ -163,6 +165,13 @@ class Log:
                         "a lower --lr or a --clip may help")
 
 
+def keep_lines(file: Path, keep: Callable) -> None:
+    """Rewrites a file of JSON lines, or makes an empty one, with the lines for which keep(line) is true."""
+    lines, temporary = checkpoint.read_lines([file]) if file.exists() else [], file.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines if keep(line)))
+    os.replace(temporary, file)
+
+
 def ratio(total: float, count: float) -> float | None:
     return total / count if count else None
 
@@ -226,15 +235,19 @@ def commit() -> str:
     return git.stdout.strip()
 
 
-def record(file: str | Path, cfg: Config | None, device: torch.device, scores: dict) -> None:
-    """Appends one line with all that is needed to repeat a measurement; the tables of the README are made from such."""
+def provenance(device: torch.device) -> dict:
+    """Day, code, machine, command and versions of this process."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu_name()}, {os.cpu_count()} cores"
     program = sys.modules["__main__"].__spec__              # of python -m studies.bench, None of python train.py
     script = ["-m", program.name] if program else [Path(sys.argv[0]).name]
-    line = {"date": time.strftime("%Y-%m-%d"), "commit": commit(), "hardware": name,
+    return {"date": time.strftime("%Y-%m-%d"), "commit": commit(), "hardware": name,
             "command": shlex.join(["python", *script, *sys.argv[1:]]),
-            "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
-            "config": cfg.to_dict() if cfg else None, **scores}
+            "versions": f"Python {platform.python_version()}, torch {torch.__version__}"}
+
+
+def record(file: str | Path, cfg: Config | None, device: torch.device, scores: dict) -> None:
+    """Appends one line with all that is needed to repeat a measurement; the tables of the README are made from such."""
+    line = {**provenance(device), "config": cfg.to_dict() if cfg else None, **scores}
     with explain(f"the result cannot be appended to {file}", f": {json.dumps(scores)}", OSError):
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         with open(file, "a") as stream:

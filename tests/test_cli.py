@@ -125,7 +125,7 @@ def test_train_sample_score(run_script, program, give_up, tmp_path):
     out = run_script("train.py", *QUICK, "--num-samples", "40").stdout
     run = tmp_path / "out" / "digits"
     assert {p.name for p in run.iterdir()} == {"config.json", "metrics.jsonl", "samples.png", "trajectory.png",
-                                               "loss.png", "scores.json", "step-00000006.pt"}
+                                               "loss.png", "scores.json", "starts.jsonl", "step-00000006.pt"}
     assert json.loads((run / "config.json").read_text())["size"] == "32,2,2,2" and "frechet_pixel" in out
     for name in ("samples.png", "trajectory.png", "loss.png"):
         picture = np.asarray(Image.open(run / name).convert("L"))

@@ -8,7 +8,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 READING_PATH = ("pyramid", "schedule", "model", "train", "sample")
 FLOORS = {"config": 0, "pyramid": 0, "schedule": 1, "model": 1, "data.conditions": 1, "mini": 2, "baselines": 2,
-          "run": 3, "data": 3, "scores": 4, "sample": 5, "fid": 6, "train": 7, "extras": 8, "studies": 8, "docs": 8}
+          "run": 3, "data": 3, "scores": 4, "run.card": 4, "sample": 5, "fid": 6, "train": 7, "extras": 8, "studies": 8,
+          "docs": 8}
 
 
 def files() -> dict[str, Path]:
@@ -42,7 +43,10 @@ def imports(tree: ast.Module) -> set[str]:
     return names & set(FILES)
 
 
-IMPORTS = {name: imports(tree) for name, tree in TREES.items()}
+# The one import upwards, inside Run.sample: a script that loads a run draws images with one more call, and the loop
+# that draws stays in sample.py, where a reader looks for it. Nothing is imported before the method is called.
+UPWARDS = ("run.load", "Run", "sample", {"sample", "extras.causal"})
+IMPORTS = {name: imports(tree) - (UPWARDS[3] if name == UPWARDS[0] else set()) for name, tree in TREES.items()}
 
 
 def lines(name: str) -> int:
@@ -70,6 +74,15 @@ def test_imports_go_downwards_only():
     upwards = [f"{name} imports {other}" for name, others in IMPORTS.items() for other in sorted(others)
                if floor(other) > floor(name)]
     assert upwards == []
+
+
+def test_the_one_import_upwards_is_inside_its_method():
+    module, name, method, allowed = UPWARDS
+    tree = ast.parse(FILES[module].read_text())
+    owner = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+    inside = next(node for node in owner.body if isinstance(node, ast.FunctionDef) and node.name == method)
+    owner.body.remove(inside)
+    assert imports(inside) == allowed and not imports(tree) & allowed
 
 
 def test_there_is_no_circle():
@@ -170,7 +183,7 @@ def test_mini_fits_a_page():
 
 def test_all_code_together_has_a_limit():
     count = {name: lines(name) for name in FILES if name.split(".")[0] != "docs"}
-    assert sum(count.values()) <= 7990, count
+    assert sum(count.values()) <= 8375, count
 
 
 def test_the_readme_has_a_limit():

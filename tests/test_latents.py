@@ -323,7 +323,8 @@ def test_encode_train_sample_decode(tmp_path, images, vae, run_script, give_up):
     with np.load(tmp_path / "causal" / "upsampled.npz") as saved:
         assert saved["images"].shape == (2, 32, 32, 3)
     run("sample.py", "--export", "shared")
-    assert sorted(p.name for p in (tmp_path / "shared").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "shared").iterdir()) == [
+        "README.md", "config.json", "model.safetensors", "model_index.json", "samples.png"]
     assert "name it yourself with --vae" in give_up("sample.py", "shared")     # a file chooses no folder here
     run("sample.py", "shared", "--vae", vae, "--num", "4", "--labels", "10", "--out", "again")
     with np.load(folder / "samples" / "samples.npz") as a, np.load(tmp_path / "again" / "samples.npz") as b:

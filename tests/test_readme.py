@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import config
 from config import UserError
 from conftest import ROOT
 from run import load, memory, paper
@@ -184,6 +185,16 @@ def test_every_command_is_understood(page, monkeypatch):
             assert all(re.search(rf"^{extra} = \[", (ROOT / "pyproject.toml").read_text(), re.M) for extra in extras)
 
 
+def test_the_listing_that_loads_a_run_draws(tmp_path):
+    cfg, facts = config.Config(size="8,1,1,2"), {
+        "channels": 1, "side": 8, "classes": [str(i) for i in range(10)], "vectors": None, "count": 9,
+        "fingerprint": "", "latent": None}
+    load.export(load.Run(cfg, load.build_model(cfg, facts), facts, tmp_path, 5, "ema"), tmp_path / "shared")
+    names = {}
+    exec(blocks(PAGES["docs/paper.md"], "python")[1].replace("OWNER/NAME", str(tmp_path / "shared")), names)
+    assert names["small"].shape == (16, 4, 4, 1) and names["images"].shape == (8, 8, 8, 1)
+
+
 def test_the_lmdb_of_nvae_becomes_png(tmp_path, monkeypatch):
     """The listing of docs/paper.md, on a small LMDB."""
     lmdb = pytest.importorskip("lmdb")
@@ -192,8 +203,7 @@ def test_the_lmdb_of_nvae_becomes_png(tmp_path, monkeypatch):
     with lmdb.open("train.lmdb") as database, database.begin(write=True) as writing:
         for i, image in enumerate(pixels):
             writing.put(str(i).encode(), image.tobytes())
-    (listing,) = blocks(PAGES["docs/paper.md"], "python")
-    exec(listing, {})
+    exec(blocks(PAGES["docs/paper.md"], "python")[0], {})
     for i, image in enumerate(pixels):
         assert np.array_equal(np.asarray(Image.open(f"faces/{i:05d}.png")), image)
 
