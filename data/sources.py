@@ -276,6 +276,13 @@ def check_vectors(array: np.ndarray, count: int, where: str) -> np.ndarray:
 
 def read_image(file: Path | io.BytesIO, resolution: int, name: str = "") -> np.ndarray:
     """One image as uint8 (3, R, R): upright, RGB, cropped. Raises UserError naming it when it cannot be read."""
+    name = name or str(file)
+    with explain(f"cannot read the image {name!r}", "; repair or remove it"):
+        return crop(read_photo(file, name), resolution)
+
+
+def read_photo(file: Path | io.BytesIO, name: str = "") -> Image.Image:
+    """A whole image, upright and RGB; transparent pixels are white. Raises UserError when it cannot be read."""
     with (explain(f"cannot read the image {name or str(file)!r}", "; repair or remove it"),
           Image.open(file, formats=FORMATS) as opened):
         image = ImageOps.exif_transpose(opened)
@@ -286,10 +293,10 @@ def read_image(file: Path | io.BytesIO, resolution: int, name: str = "") -> np.n
             image = Image.fromarray((grey.clip(0, 65535) // 257).astype(np.uint8))
             if transparent is not None:
                 image.putalpha(Image.fromarray(np.where(grey == transparent, 0, 255).astype(np.uint8)))
-        if image.has_transparency_data:                     # transparent pixels become white
+        if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return crop(image.convert("RGB"), resolution)
+        return image.convert("RGB")
 
 
 def crop(image: Image.Image, resolution: int) -> np.ndarray:

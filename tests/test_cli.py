@@ -195,7 +195,7 @@ def make_inputs(folder) -> None:
 
 
 @pytest.mark.slow
-def test_every_command_of_the_pages_runs(run_script, tmp_path):
+def test_every_command_of_the_pages_runs(program, tmp_path):
     """In their order, in one directory, where the digits are the newest run as a page begins. Training is shortened."""
     make_inputs(tmp_path)
     pages = {page: commands_of(page) for page in ("README.md", "docs/scores.md", "docs/paper.md", "docs/results.md")}
@@ -216,4 +216,4 @@ def test_every_command_of_the_pages_runs(run_script, tmp_path):
             if "--dataset folder" in command:
                 arguments += ["--size", "32,2,2,4"]         # larger images, fewer tokens
             print(name, *arguments)
-            run_script(name, *arguments)
+            program(name, *arguments)
