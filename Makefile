@@ -1,4 +1,4 @@
-.PHONY: test lint bench gpu tables figures page lines
+.PHONY: test lint bench gpu tables figures notebook page lines
 
 test:            ## the fast tests, on two cores; pytest -m '' runs the slow ones too
 	pytest -q
@@ -19,6 +19,9 @@ tables:          ## rewrites the tables of README.md and docs/*.md from results/
 
 figures:         ## every picture of README.md and docs, from the code; trains the digits first if they are not there
 	python -m docs.figures
+
+notebook:        ## docs/lapflow.ipynb from the sources, with its pictures; trains the digits
+	python -m docs.notebook
 
 page:            ## docs/index.html from README.md and the sources
 	python -m docs.page
