@@ -168,10 +168,10 @@ def scores(run: Run) -> str:
 def limits(run: Run) -> str:
     cfg = run.cfg
     what = f"its {len(run.classes)} classes ({names_of(run)})" if run.classes else "what its training images show"
-    copies = ("near 0 means copies of training images, 1 is as far from them as a real image: `novelty` above"
-              if "novelty" in scores(run) else UNKNOWN)
+    copies = ("`novelty` above says how far samples are from training images: 0 is a copy, 1 as far as a real image"
+              if "novelty" in scores(run) else f"Whether samples repeat training images is {UNKNOWN}")
     lines = [f"Images of {cfg.res} x {cfg.res} pixels, and nothing but {what}.",
-             f"Whether samples repeat training images: {copies}.",
+             f"{copies}.",
              "Biases of the training images are repeated, and were not examined.",
              "Scores depend on the number of images, the solver and the features: compare only like with like."]
     if cfg.dataset == "digits":

@@ -196,7 +196,7 @@ def test_a_trained_run_gets_a_whole_card(monkeypatch, tmp_path, capsys):
     assert found["images"].shape == (16, 8, 8, 1)
     run = load_run(str(tmp_path / "shared"), device="cpu")
     again = card.write(run, "me/digits", grid=False)        # of the export
-    for words in ("Not measured on these weights", "commit not known", "repeat training images: not known",
+    for words in ("Not measured on these weights", "commit not known", "repeat training images is not known",
                   "whether its training started from other weights is not known"):
         assert words in again and words not in text
     raw = load_run(cfg.out, raw=True, device="cpu")         # the scores are of the averaged weights
