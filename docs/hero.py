@@ -88,7 +88,7 @@ def palette() -> Image.Image:
 def generation(path: Path, run: Run, count: int = 12, steps: int = 80) -> None:
     """An animation: t runs from 0 to 1, the coarse band forms, the fine one joins at T_1, and the sum of both."""
     states = pictures.watch(run, sample.Guided(run.model), sample.solve, choose(run.condition, count),
-                            count=count, steps=steps)
+                            numbers=range(count), steps=steps)
     start, height, left = run.cfg.starts[1], 290, 84
     figure, axis = sheet(height)
     for row, (name, color) in enumerate((("coarse", COARSE), ("+ fine", FINE), ("= sum", INK))):

@@ -99,6 +99,25 @@ def upsample(run: Run, small: Tensor, count: int, y: Tensor | None, seed: int = 
     return run.schedule.image(bands), nfe
 
 
+def upsample_picture(run: Run, small: np.ndarray, count: int, y: Tensor | None, seed: int = 0,
+                     **settings) -> tuple[np.ndarray, dict]:
+    """The same for pixels, uint8 (3, r, r). Returns images uint8 (2 + count, R, R, C), the first two the input in
+    blocks and bicubic, and a report: NFE, and how far the images are from the input when averaged down again."""
+    finer, latent = (run.cfg.res // small.shape[-1]).bit_length() - 1, run.facts.get("latent")
+    small = small if latent or run.shape[0] == 3 else np.rint(small.mean(axis=0, keepdims=True)).astype(np.uint8)
+    x = torch.tensor(small, device=run.device)[None].float() / 127.5 - 1
+    auto = run.autoencoder if latent else None          # an approximation: averages of latents, not latents of averages
+    coarse = ((auto.moments(x).chunk(2, dim=1)[0] - auto.shift) * auto.scale)[0] if latent else x[0]
+    x1, nfe = upsample(run, coarse, count, y, seed, **settings)
+    images, blocks = run.decode(x1), x.repeat_interleave(2**finer, dim=2).repeat_interleave(2**finer, dim=3)
+    cubic = torch.nn.functional.interpolate(x, scale_factor=2**finer, mode="bicubic").clamp(-1, 1)
+    drawn = torch.from_numpy(images).permute(0, 3, 1, 2).float().to(x.device) / 127.5 - 1
+    error, error_bicubic = (127.5 * (decompose(large, finer + 1, run.schedule.pyramid)[0] - x).square().mean().sqrt()
+                            .item() for large in (drawn, cubic))
+    return np.concatenate([to_images(blocks), to_images(cubic), images]), {
+        "nfe": nfe, "rms_of_input": error, "rms_of_input_bicubic": error_bicubic}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the commands: each returns a report, images uint8 (B, H, W, C), the arguments of pictures.draw_images, and a text
 
@@ -145,24 +164,14 @@ def show_variations(run: Run, args: argparse.Namespace, y: Tensor | None, settin
 
 
 def show_upsampled(run: Run, args: argparse.Namespace, y: Tensor | None, settings: dict) -> tuple:
-    finer, latent = run.cfg.num_scales - args.bands, run.facts.get("latent")
-    pixels = sources.read_image(Path(args.image), run.cfg.res >> finer, args.image)             # (3, r, r)
-    pixels = pixels if latent or run.shape[0] == 3 else np.rint(pixels.mean(axis=0, keepdims=True)).astype(np.uint8)
-    x = torch.tensor(pixels, device=run.device)[None].float() / 127.5 - 1
-    auto = run.autoencoder if latent else None          # an approximation: averages of latents, not latents of averages
-    small = ((auto.moments(x).chunk(2, dim=1)[0] - auto.shift) * auto.scale)[0] if latent else x[0]
-    x1, nfe = upsample(run, small, args.num, y, args.seed, **settings)
-    images, blocks = run.decode(x1), x.repeat_interleave(2**finer, dim=2).repeat_interleave(2**finer, dim=3)
-    cubic = torch.nn.functional.interpolate(x, scale_factor=2**finer, mode="bicubic").clamp(-1, 1)
-    drawn = torch.from_numpy(images).permute(0, 3, 1, 2).float().to(x.device) / 127.5 - 1
-    error, error_bicubic = (127.5 * (decompose(large, finer + 1, run.schedule.pyramid)[0] - x).square().mean().sqrt()
-                            .item() for large in (drawn, cubic))
-    titles = ["input", "bicubic", *map(str, range(args.num))][:10]
-    picture = [[*to_images(blocks), *to_images(cubic), *images[:8]]], [], titles
-    return {"image": args.image, "num": args.num, "nfe": nfe, "rms_of_input": error,
-            "rms_of_input_bicubic": error_bicubic}, images, picture, (
-        f"upsampled  {args.image}: {x.shape[-1]} -> {run.cfg.res} pixels, {args.num} images, {nfe} calls\n"
-        f"fidelity   averaged down again, off by {error:.2f} of 255 (root mean square); bicubic {error_bicubic:.2f}")
+    small = sources.read_image(Path(args.image), run.cfg.res >> (run.cfg.num_scales - args.bands), args.image)
+    images, report = upsample_picture(run, small, args.num, y, args.seed, **settings)
+    report = {"image": args.image, "num": args.num, **report}
+    return report, images[2:], ([list(images[:10])], [], ["input", "bicubic", *map(str, range(args.num))][:10]), (
+        f"upsampled  {args.image}: {small.shape[-1]} -> {run.cfg.res} pixels, {args.num} images, {report['nfe']} "
+        "calls\n"
+        f"fidelity   averaged down again, off by {report['rms_of_input']:.2f} of 255 (root mean square); bicubic "
+        f"{report['rms_of_input_bicubic']:.2f}")
 
 
 COMMANDS = {"preview": (show_previews, "previews", 40), "refine": (show_refined, "refined", 0),  # and default --num

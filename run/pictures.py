@@ -1,7 +1,7 @@
 """Pictures: one style for all, grids of small images, the loss curves. matplotlib is loaded when one is drawn."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -98,11 +98,11 @@ def draw_grid(path: Path, images: np.ndarray, y: Tensor | None, condition: objec
     draw_images(path, [list(images[i : i + 10]) for i in starts], [captions and captions[i : i + 10] for i in starts])
 
 
-def watch(run: object, model: Callable, solve: Callable, y: Tensor | None, seed: int = 0, count: int = 3,
-          steps: int = 80) -> list:
-    """The states of the first `count` images of a seed: [(t, bands)] at each Euler step and at t = 1.
+def watch(run: object, model: Callable, solve: Callable, y: Tensor | None, seed: int = 0,
+          numbers: Sequence[int] = range(3), steps: int = 80) -> list:
+    """The states of the images with these numbers: [(t, bands)] at each Euler step and at t = 1.
 
-    run: a run.load.Run; model(bands, t, y) and solve: as in sample.py."""
+    run: a run.load.Run; model(bands, t, y) and solve: as in sample.py; y: their conditions, perhaps more."""
     states = []
 
     def watched(velocity, noise, schedule, **solver):
@@ -114,26 +114,26 @@ def watch(run: object, model: Callable, solve: Callable, y: Tensor | None, seed:
         states.append((1.0, bands))
         return bands, nfe
 
-    rng = ImageRandom(seed, range(count), run.device)
-    run.system.sample(model, rng, None if y is None else y[:count].to(run.device), run.schedule, run.shape, watched,
-                      solver="euler", steps=steps)
+    rng, y = ImageRandom(seed, numbers, run.device), None if y is None else y[: len(numbers)].to(run.device)
+    run.system.sample(model, rng, y, run.schedule, run.shape, watched, solver="euler", steps=steps)
     return states
+
+
+def band_pixels(run: object, i: int, band: Tensor) -> np.ndarray:
+    """Band i of one image (C, H, W) as uint8 (H, W, C): fine ones around mid-grey, contrast doubled; of latents three
+    channels as they are."""
+    contrast = (1 if run.facts.get("latent") is None else 0.4) * (2 if i else 1)
+    return to_uint8(contrast * band[:3]).permute(1, 2, 0).cpu().numpy()
 
 
 def draw_trajectory(path: Path, run: object, states: list, columns: int = 9) -> None:
     """Each band and their sum at several times, from noise to image; states: of `watch`."""
-    contrast = 1 if run.facts.get("latent") is None else 0.4                    # latents: three channels, as they are
-
-    def pixels(x):
-        return to_uint8(contrast * x[:3]).permute(1, 2, 0).cpu().numpy()
-
     chosen = [min(states, key=lambda state: abs(state[0] - t)) for t in np.linspace(0, 1, columns)]
     parts, rows, names = len(states[-1][1]), [], []
     for image in range(len(states[-1][1][0])):
         for i in range(parts if parts > 1 else 0):          # some systems flow whole images: no bands to draw
-            gain = 1 if i == 0 else 2                       # fine bands: residuals around mid-grey
             start = run.schedule.segments[i][0]
-            rows.append([pixels(gain * bands[i][image]) if i < len(bands) else f"from\nt = {start:.2g}"
+            rows.append([band_pixels(run, i, bands[i][image]) if i < len(bands) else f"from\nt = {start:.2g}"
                          for _, bands in chosen])
             names.append(f"band {i}")
         rows.append([run.decode(run.schedule.image(bands)[image : image + 1])[0] for _, bands in chosen])
