@@ -55,8 +55,8 @@ def help_of(program, capsys, name: str) -> str:
 
 
 def test_the_programs_are_there():
-    assert {"train.py", "sample.py", "fid.py", "data.latents", "scores.reference", "extras.causal", "extras.split",
-            "studies.bench", "studies.compare", "studies.plan", "studies.tables"} <= set(programs())
+    assert {"train.py", "sample.py", "fid.py", "data.latents", "scores.reference", "extras.causal", "extras.demo",
+            "extras.split", "studies.bench", "studies.compare", "studies.plan", "studies.tables"} <= set(programs())
 
 
 @pytest.mark.parametrize("name", programs())
@@ -174,7 +174,8 @@ def commands_of(page: str) -> list[str]:
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), flags=re.S)
     lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if line.startswith("python ") and "DIR" not in line.split()      # the reader's data
-            and "studies.compare" not in line]              # many trainings: tests/test_compare.py runs it
+            and "studies.compare" not in line               # many trainings: tests/test_compare.py runs it
+            and "extras.demo" not in line]                  # a server, until it is stopped: slow/test_demo_page.py
 
 
 def make_inputs(folder) -> None:
