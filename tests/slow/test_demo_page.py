@@ -22,6 +22,7 @@ playwright = pytest.importorskip("playwright.sync_api", reason="playwright drive
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="there is no browser: install chromium")]
 WIDTHS = (1400, 400)
+STREAMS = ("/queue/data", "/upload_progress")               # of events, which the page itself ends
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,8 @@ def visit(browser):
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("response", lambda answer: answer.status >= 400 and problems.append(f"{answer.status} {answer.url}"))
         page.on("request", lambda asked: asked.url.startswith((url, "data:", "blob:")) or problems.append(asked.url))
-        page.on("requestfailed", lambda asked: "/queue/data" in asked.url or problems.append(f"lost {asked.url}"))
+        page.on("requestfailed", lambda asked: any(stream in asked.url for stream in STREAMS) or
+                problems.append(f"lost {asked.url}"))
         page.goto(url)
         page.set_default_timeout(60_000)
         return page
