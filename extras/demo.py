@@ -9,6 +9,7 @@ only unless --host says otherwise, and asks nothing of the network.
 """
 
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -230,6 +231,7 @@ def launch(shared: Shared, host: str, port: int | None) -> object:
     theme = gr.themes.Base(primary_hue="blue", neutral_hue="gray", font=["system-ui", "sans-serif"],
                            font_mono=["ui-monospace", "monospace"])
     with sources.explain(f"the page cannot be served on {host}", "; choose another --host or --port", OSError):
+        socket.create_server((host, port or 0)).close()     # otherwise gradio tries a hundred ports
         page.queue(max_size=100).launch(
             server_name=host, server_port=port, theme=theme, css=here.with_suffix(".css").read_text(), quiet=True,
             head=f"<script>{here.with_suffix('.js').read_text()}</script>", footer_links=[], ssr_mode=False,

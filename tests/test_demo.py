@@ -5,6 +5,7 @@ import io
 import re
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -196,6 +197,23 @@ def test_without_gradio_the_page_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(UserError, match=r"the page needs gradio: .*pip install -e '.\[demo\]'"):
         demo.import_gradio()
+
+
+def test_it_listens_on_this_machine_and_opens_the_newest_run(tmp_path, monkeypatch, capsys):
+    calls = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "import_gradio", lambda: None)
+    monkeypatch.setattr(demo, "launch", lambda shared, host, port: (
+        calls.append((shared.run and shared.run.step, host, port)),
+        SimpleNamespace(local_url="URL", block_thread=lambda: None))[1])
+    monkeypatch.setattr(sys, "argv", ["demo"])
+    demo.main()
+    assert calls == [(None, "127.0.0.1", None)] and "no trained run yet" in capsys.readouterr().out
+    monkeypatch.setattr(train, "finish", lambda job: {})
+    train.train(tiny(tmp_path / "out", steps=2), device="cpu")
+    monkeypatch.setattr(sys, "argv", ["demo", "--host", "0.0.0.0", "--port", "80"])
+    demo.main()
+    assert calls[1:] == [(2, "0.0.0.0", 80)] and "open       URL" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name, content", [

@@ -13,6 +13,7 @@ from test_demo import pictures_of
 from test_latents import encode, images, run_of, vae  # noqa: F401  (fixtures)
 
 import train
+from config import UserError
 from conftest import FLAGS, tiny
 from extras import demo, studio
 from run import load
@@ -301,6 +302,11 @@ def test_cancel_ends_the_computation(serve, visit, digits, monkeypatch):
     assert 0 < len(calls) == count < 1000 and len(thumbnails(page)) == 20       # those of before
     page.get_by_label("Steps").fill("10")
     assert draw(page).startswith("60 thumbnails")
+
+
+def test_an_address_that_cannot_be_served_is_one_sentence():
+    with pytest.raises(UserError, match="the page cannot be served on 192.0.2.1: .*; choose another --host or --port"):
+        demo.launch(demo.Shared(), "192.0.2.1", None)       # an address of nobody (RFC 5737)
 
 
 def test_several_visitors_take_turns(serve, visit, digits, monkeypatch):
