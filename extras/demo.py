@@ -150,7 +150,7 @@ def build(shared: Shared) -> object:
             wish = studio.read_wish(shared.run, *asked)
             work = follow(shared.run, lambda run: studio.preview(run, wish), "thumbnails", status)
             (images, nfe), seconds = yield from work
-            names = map(str, range(wish.num)) if wish.y is None else shared.run.condition.describe(wish.y)
+            names = studio.captions(shared.run, wish)
             text = (f"{wish.num} thumbnails of {images.shape[1]} × {images.shape[2]} from the coarse band alone: {nfe} "
                     f"calls (NFE), {seconds:.2f} s. Click one to finish it.")
             cells = [(image.squeeze(), name) for image, name in zip(images, names, strict=True)]
@@ -186,7 +186,8 @@ def build(shared: Shared) -> object:
                              cfg.solver_steps)
             (images, report), seconds = yield from follow(shared.run, lambda run: causal.upsample_picture(
                 run, pixels, wish.num, wish.y, wish.seed, **wish.settings), "enlarging", status)
-            titles = [f"input, {width} × {width}", "bicubic", *(f"LapFlow {k}" for k in range(1, ENLARGED + 1))]
+            names = studio.captions(shared.run, wish)
+            titles = [f"input, {width} × {width}", "bicubic", *(f"LapFlow: {name}" for name in names)]
             text = (f"{width} → {cfg.res} pixels: {report['nfe']} calls (NFE), {seconds:.2f} s. Averaged down again, "
                     f"off by {report['rms_of_input']:.1f} of 255; bicubic {report['rms_of_input_bicubic']:.1f}")
             yield {enlarged: figures(images, titles), status: note(text)}

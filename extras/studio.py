@@ -167,6 +167,11 @@ def read_vectors(condition: conditions.Vectors, text: str) -> Tensor:
     return rows
 
 
+def captions(run: Run, wish: Wish) -> list[str]:
+    """The conditions of the images, or their numbers."""
+    return run.condition.describe(wish.y) if wish.y is not None else [str(i) for i in range(wish.num)]
+
+
 def preview(run: Run, wish: Wish) -> tuple[np.ndarray, int]:
     """Thumbnails uint8 (N, h, w, C), from the coarse band alone, and NFE."""
     wish.coarse, nfe = causal.preview(run, range(wish.num), wish.y, wish.seed, **wish.settings)
