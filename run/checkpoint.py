@@ -36,7 +36,7 @@ def prepare(run: Path, fresh: bool, room: int) -> None:
     try:
         run.mkdir(parents=True, exist_ok=True)
         (run / ".writable").touch()
-        old = [*steps(run), run / "metrics.jsonl"] if fresh else []
+        old = [*steps(run), run / "metrics.jsonl", run / "scores.jsonl"] if fresh else []
         for file in [run / ".writable", *run.glob("step-*.tmp"), *old]:
             file.unlink(missing_ok=True)
         room -= sum(path.stat().st_size for path in steps(run))

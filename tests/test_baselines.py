@@ -253,11 +253,17 @@ def test_lapflow_summed_up_is_the_plain_edify_process_with_the_same_noise(stage)
     xt, v = Schedule(starts).interpolate(x1, decompose(n, 3)[: stage + 1], t)
     for _ in range(2 - stage):
         n = down(n)
-    plain = edify.Edify(starts, product=False)
+    plain, usual = (SYSTEMS[method].schedule(config(method, starts=starts)) for method in ("edify-plain", "edify"))
     state, target = plain.interpolate(x1, n / plain.noise_std(stage), stage, t)
     assert torch.allclose(reconstruct(xt), state) and torch.allclose(reconstruct(v), target)
-    product, _ = edify.Edify(starts).interpolate(x1, n / plain.noise_std(stage), stage, t)
+    product, _ = usual.interpolate(x1, n / plain.noise_std(stage), stage, t)
     assert torch.allclose(product, state) == (stage == 0)   # the product form is another process from band 1 on
+
+
+def test_separate_networks_train_on_the_schedule_of_lapflow_in_its_segments():
+    same = dict(starts=(0.0, 0.3, 0.6), path="gvp", stages="batch")
+    assert SYSTEMS["separate"].schedule(config("separate", **same)) == SYSTEMS["lapflow"].schedule(
+        config("lapflow", full_range=False, **same))
 
 
 def test_dfm_takes_the_steps_of_its_paper():
@@ -461,6 +467,17 @@ def test_stage_inputs_are_what_a_pass_of_a_stage_takes(method):
 def test_settings_that_do_not_fit_a_method_are_reported(settings, words):
     with pytest.raises(UserError, match=words):
         Config(**settings)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("experts", "none"), ("noise", "independent"), ("full_range", False), ("mask", "none"), ("path", "gvp")])
+def test_what_a_system_would_ignore_is_refused(name, value):
+    for method in OURS[1:]:
+        if method == "separate" and name in ("mask", "path"):
+            assert getattr(config(method, **{name: value}), name) == value
+            continue
+        with pytest.raises(UserError, match=f"{name} belongs to LapFlow: leave it out with --method {method}"):
+            config(method, **{name: value})
 
 
 def test_dfm_needs_a_patch_size_it_can_halve():

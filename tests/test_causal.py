@@ -5,6 +5,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -383,6 +384,22 @@ def test_other_samples_are_not_mixed_in(run, tmp_path):
         fill(run, tmp_path / "out", "shards", cfg_scale=2)
     fill(run, tmp_path / "one", "npz", stop=2)
     assert len(fill(run, tmp_path / "one", "npz", cfg_scale=2).notes()) == 4        # a single file is simply made anew
+
+
+def test_samples_of_a_run_that_was_trained_anew_are_not_mixed_in(run, tmp_path):
+    """The same directory, step and flags, but other weights."""
+    args = SimpleNamespace(num=10, seed=0, batch=3, labels="balanced", vectors=None)
+
+    def missing(model):
+        job = gallery.job_of(replace(run, model=model.requires_grad_(False)), args, {})
+        samples = gallery.Gallery(tmp_path / "out", job, "shards", ALONE)
+        return samples, samples.prepare(sample.chunks_of(10, 3))
+
+    samples, (first, *rest) = missing(run.model)
+    samples.write(first, np.zeros((3, 16, 16, 3), np.uint8), None, {"first": 0, "count": 3})
+    assert missing(run.model)[1] == rest
+    with pytest.raises(UserError, match="holds other samples"):
+        missing(random_model(seed=1))
 
 
 def test_guidance_in_an_interval_of_times_only(run):

@@ -107,6 +107,8 @@ def test_lines_are_recognised_by_their_settings():
     runs, times = compare.gathered(lines, {"base": {}, "late": {"starts": (0.0, 0.2)}, "none": {"mask": "none"}})
     assert [row["frechet_pixel"] for row in runs["base"]] == [0.1, 0.3] and not runs["none"]
     assert [row["frechet_pixel"] for row in runs["late"]] == [0.2] and times == {"base": 0.5}
+    again, _ = compare.gathered([*lines, line(1, 0.4)], {"base": {}})           # measured again: the last counts
+    assert [row["frechet_pixel"] for row in again["base"]] == [0.1, 0.4]
     cfg = Config(seed=1, out="elsewhere", eval_every=7)
     assert compare.finished(lines, cfg, "run") is lines[0]
     assert compare.finished(lines, Config(seed=1, out="out/x", lr=1e-3), "run") is None
@@ -126,6 +128,10 @@ def test_the_verdict_on_a_ranking_knows_noise():
         ("A", 0.10), ("B", 0.2), ("C", 0.1))}
     assert compare.verdict(runs, fid) == "of 3 pairs 1 hold, 1 within noise, 1 reversed"
     assert compare.verdict(runs, {"A": 3.5, "B": None, "C": None}) == ""
+    better = [line(seed, 0.1 * seed) for seed in range(3)]                      # a mean of 0.1 ± 0.1 / 3^(1/2)
+    for errors, words in ((1.9, "0 hold, 1 within"), (2.1, "1 hold, 0 within"), (-2.1, "0 within noise, 1 reversed")):
+        worse = [line(seed, 0.1 + errors * 0.1 / 3**0.5) for seed in range(3)]
+        assert words in compare.verdict({"A": better, "B": worse}, {"A": 3.5, "B": 4.0})
 
 
 def test_a_table_stands_on_one_page(monkeypatch):
@@ -157,6 +163,15 @@ def test_the_gpu_table_shows_the_newest_lines_of_the_last_gpu(monkeypatch):
     assert "\n\nH100; torch 2; commit abc; `python -m studies.bench gpu`." in text and "H200" not in text
     monkeypatch.setattr(tables, "lines", lambda name: [row for row in rows if row["dry_run"]])
     assert tables.gpu().count(no) == 5 * 7 and "CPU" not in tables.gpu()
+
+
+def test_the_table_of_ablations_has_each_score_below_its_name(monkeypatch):
+    rows = [line(0, 0.123, class_variance=0.456), line(0, 0.234, class_variance=0.567, settings={"mask": "none"})]
+    monkeypatch.setattr(tables, "lines", lambda name: rows)
+    text = tables.ablations().splitlines()
+    assert text[0] == "| ablation |  | FD | class variance | NFE | parameters, M | paper: FID |"
+    assert text[2:4] == ["| mask | causal | 0.123 | 0.456 | 50 | 1.50 | 3.53 |",
+                         "| mask | none | 0.234 | 0.567 | 50 | 1.50 | 3.91 |"]
 
 
 def test_what_the_tables_add_to_the_lines(monkeypatch):

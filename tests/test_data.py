@@ -79,6 +79,7 @@ def test_images_are_mirrored_half_of_the_time(tmp_path):
     images = batches.load(config(data=str(tmp_path)))
     x, _ = read(images, [0, 0], [[0.4, 0, 0], [0.6, 0, 0]])
     assert torch.equal(x[0], x[1].flip(-1)) and x[1, 0, 0, 0] == 1
+    assert torch.equal(images.reference(1)[0][0], x[1])                         # those of scores never are
     fixed = read(batches.load(config(data=str(tmp_path), flip=False)), [0], np.zeros((1, 3)))[0]
     assert fixed[0, 0, 0, 0] == 1
 
@@ -96,6 +97,12 @@ def test_the_crop_is_the_centre_of_the_shrunk_image(tmp_path):
     Image.fromarray(picture).save(tmp_path / "x.png")
     row = sources.read_image(tmp_path / "x.png", 16)[0, 8]
     assert row[:11].max() < 40 and row[13:].min() > 215                         # the edge is at (40 - 16) / 2 = 12
+
+
+def test_an_image_of_twice_the_size_is_averaged():
+    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
+    averages = picture.reshape(16, 2, 16, 2, 3).mean(axis=(1, 3)).transpose(2, 0, 1)
+    assert np.abs(sources.crop(Image.fromarray(picture), 16) - averages).max() <= 1                      # rounded twice
 
 
 def test_kinds_of_images(tmp_path):
@@ -274,9 +281,10 @@ def test_examples_are_spread_over_the_set():
     assert len(examples) == 256 and examples[0] == 0 and examples[-1] == 999 and 3 <= examples.diff().min() <= 4
 
 
-def test_a_vector_stays_with_its_image_when_bad_ones_are_left_out(with_vectors):
+def test_labels_and_vectors_stay_with_their_images_when_bad_ones_are_left_out(with_vectors):
     folder, vectors = with_vectors
     (folder / "a" / "1.png").write_bytes(b"broken")
+    assert batches.load(config(data=str(folder), skip_bad=True)).labels.tolist() == [0, 1, 1, 1]
     dataset = batches.load(config(data=str(folder), condition="vectors", skip_bad=True))
     assert np.array_equal(dataset.vectors, vectors[[0, 2, 3, 4]])
 

@@ -301,6 +301,7 @@ def test_the_classifier_is_trained_once_for_each_data_set(tmp_path, monkeypatch,
         classifier.load_classifier(dataset, to_images, folder=tmp_path)
     for changed in (Images(dataset.pixels[:-1], dataset.labels[:-1], dataset.classes),
                     Images(255 - dataset.pixels, dataset.labels, dataset.classes),
+                    Images(dataset.pixels, (dataset.labels + 1) % 10, dataset.classes),
                     Images(dataset.pixels, dataset.labels, dataset.classes[::-1])):
         with pytest.raises(TypeError):                      # it would be trained
             classifier.load_classifier(changed, to_images, folder=tmp_path)

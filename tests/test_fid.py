@@ -17,6 +17,7 @@ from fid import frechet_distance, precision, recall
 from run import gallery
 from run.ranks import Ranks
 from scores import features
+from scores.classes import class_variance
 from scores.wasserstein import sliced_wasserstein
 
 rng = np.random.default_rng(0)
@@ -127,6 +128,12 @@ def test_scores_that_mean_nothing_are_left_out():
     scores = fid.score(same, np.zeros(20, int), same, np.zeros(20, int))
     assert "novelty" not in scores and "class_variance" not in scores and abs(scores["frechet_pixel"]) < 1e-12
     assert fid.table(scores)
+
+
+def test_class_variance_is_that_of_the_generated_images_over_that_of_the_real_ones():
+    labels = np.arange(40) % 2
+    real = rng.standard_normal((40, 3)) + 10 * labels[:, None]                  # how far classes are apart is no matter
+    assert class_variance(real, labels, real / 2, labels)["class_variance"] == pytest.approx(1 / 4)
 
 
 def test_scores_tell_real_digits_from_wrong_ones():

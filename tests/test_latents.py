@@ -277,7 +277,9 @@ def test_vectors_lie_beside_the_latents_and_may_be_added_later(tmp_path, images,
     assert encode(tmp_path / "cache", tmp_path / "images", vae, skip_bad=True, condition="vectors") == plain
     dataset = batches.load(cfg)
     assert np.array_equal(dataset.vectors, np.delete(vectors, 10, axis=0)) and dataset.classes == []
-    y = dataset.read(np.array([0, 18]), np.zeros((2, 3)))[1]
+    raw, y = dataset.read(np.array([0, 18]), np.zeros((2, 3)))
+    stored = np.fromfile(tmp_path / "cache" / "moments.f16", np.float16).reshape(20, 2, 8, 16, 16)
+    assert np.array_equal(raw.numpy(), stored[[0, 19], 1])                      # mirrored
     assert torch.equal(y, torch.from_numpy(vectors[[0, 19]])) and batches.facts(dataset)["vectors"] == [19, 3]
     assert dataset.reference(5)[1].shape == (5, 3)
     assert batches.load(dataclasses.replace(cfg, condition="labels")).classes == ["9", "10"]

@@ -1,5 +1,6 @@
 """The presets and what they cost: everything that studies.plan prints, against closed forms written here."""
 
+import dataclasses
 import math
 import sys
 from statistics import mean
@@ -267,11 +268,20 @@ def test_a_preset_yields_to_the_user():
 
 
 def test_settings_that_do_not_change_training_are_free():
-    cfg = Config()
-    for name, value in (("steps", 5), ("out", "elsewhere"), ("compile", True), ("micro_batch", 3), ("keep", 9)):
-        assert config.differences(cfg, Config(**{name: value})) == []
-    for name, value in (("lr", 0.5), ("batch", 64), ("mask", "none"), ("seed", 3), ("precision", "bfloat16")):
-        assert config.differences(cfg, Config(**{name: value})) == [name]
+    """Those of speed, places, samples and records; every other setting makes it another run."""
+    free = dict(data="D", latents="L", out="O", steps=5, micro_batch=3, compile=True, recompute=True, rtol=0.1,
+                atol=0.1, cfg_scale=2.0, num_samples=9, sample_every=9, eval_every=9, log_every=9, logger="wandb",
+                save_every=9, keep=9, keep_every=9)
+    fixed = dict(dataset="photos", res=16, condition="vectors", vae="V", flip=False, skip_bad=True, init="I", seed=3,
+                 size="32,2,2,2", experts="none", mask="none", condition_tokens=False, starts=(0.0, 0.2), path="gvp",
+                 noise="independent", stages="batch", full_range=False, batch=64, lr=0.5, lr_end=0.5, warmup=9,
+                 beta2=0.5, weight_decay=0.5, clip=0.5, label_drop=0.5, ema=0.5, precision="bfloat16")
+    others = {"space", "method", "num_scales", "pyramid", "solver", "solver_steps"}     # change with another setting
+    assert {*free, *fixed, *others} == {field.name for field in dataclasses.fields(Config)}
+    for name, value in {**free, **fixed}.items():
+        assert config.differences(Config(), Config(**{name: value})) == [name] * (name in fixed), name
+    assert config.differences(Config(), Config(solver="heun", solver_steps=4)) == []
+    assert config.differences(Config(), Config(num_scales=1, starts=(0.0,))) == ["num_scales", "starts"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

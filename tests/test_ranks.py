@@ -1,6 +1,7 @@
 """Several processes train what a single process does; a killed worker costs nothing; micro-batches; compiled blocks."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -40,7 +41,7 @@ from conftest import (
     worker,
 )
 from data.batches import BatchRandom
-from run import checkpoint
+from run import checkpoint, memory
 from run.ranks import Ranks, fresh_part
 from schedule import Schedule, loss
 
@@ -183,6 +184,13 @@ def test_a_signal_to_one_process_saves_and_ends_all(tmp_path, signals):
     assert codes == [0, 0], outputs
     stopped = re.search(r"stopped at step (\d+), saved; the same command continues", outputs[0])
     assert checkpoint.steps(tmp_path / "run")[0].name == f"step-{int(stopped[1]):08d}.pt"
+
+
+@needs_fork
+def test_the_process_with_the_least_memory_chooses_the_micro_batch(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1.0 if os.environ["RANK"] == "1" else math.inf)
+    outputs = train_by(2, tiny(tmp_path, steps=1, stages="batch"), tmp_path)
+    assert "16 images = 2 x 8 x 1 (processes, micro-batches, images)" in outputs[0]
 
 
 @needs_fork

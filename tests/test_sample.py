@@ -221,7 +221,9 @@ def test_guidance_does_not_double_the_batch_for_nothing():
     bands, t, y = [torch.ones(2, 1, 4, 4)], torch.ones(2), torch.zeros(2, dtype=torch.long)
     for scale, labels in ((1.0, y), (3.0, None), (3.0, y)):
         Guided(Model(), scale)(bands, t, labels)
-    assert sizes == [2, 2, 4]
+    for time in (0.49, 0.5, 1.0):                           # both ends belong to an interval
+        Guided(Model(), 3.0, (0.5, 1.0))(bands, torch.full((2,), time), y)
+    assert sizes == [2, 2, 4, 2, 4, 4]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import os
 import pickle
 import signal
 import sys
+import time
 import types
 
 import numpy as np
@@ -17,7 +18,8 @@ import sample
 import train
 from config import Config, UserError
 from conftest import damage, losses, metrics, needs_fork, same, state, tiny, train_and_score
-from run import checkpoint, load, paper
+from run import checkpoint, load, log, paper
+from run.ranks import Ranks
 
 
 @pytest.mark.parametrize("stages", ["stratified", "batch"])
@@ -50,6 +52,16 @@ def test_twenty_steps_are_ten_and_a_restart_and_ten(tmp_path, monkeypatch, capsy
     assert np.array_equal(*images)
 
 
+def test_a_signal_in_the_last_step_leaves_the_samples_to_the_same_command(tmp_path, monkeypatch, capsys):
+    cfg, update = tiny(tmp_path, steps=2), train.update_ema
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "update_ema", lambda *arguments: (
+            update(*arguments), arguments[-1] == 1 and signal.raise_signal(signal.SIGTERM)))
+        assert train.train(cfg, device="cpu") is None
+    assert "stopped at step 2, saved" in capsys.readouterr().out and state(cfg)["step"] == 2
+    assert train.train(cfg, device="cpu").step == 2
+
+
 def test_metrics_after_the_last_checkpoint_are_dropped_on_resume(tmp_path):
     cfg = tiny(tmp_path)
     train.train(cfg, device="cpu")
@@ -65,7 +77,9 @@ def test_a_longer_run_continues_a_shorter_run_and_fresh_starts_over(tmp_path, ca
     train.train(tiny(tmp_path, steps=15), device="cpu")
     assert "continuing" in capsys.readouterr().out and state(tiny(tmp_path))["step"] == 15
     assert not (tmp_path / "run" / "scores.json").exists()                      # those were of the shorter run
+    (tmp_path / "run" / "scores.jsonl").write_text("{}")
     train.train(tiny(tmp_path, steps=5), fresh=True, device="cpu")
+    assert not (tmp_path / "run" / "scores.jsonl").exists()
     assert "continuing" not in capsys.readouterr().out and state(tiny(tmp_path))["step"] == 5
     assert [p.name for p in checkpoint.steps(tmp_path / "run")] == ["step-00000005.pt"]
     assert [line["step"] for line in metrics(tmp_path / "run")] == [5]
@@ -280,6 +294,8 @@ def test_newest_run_is_the_one_saved_last(tmp_path):
         os.utime(checkpoint.save(tmp_path / name, {"step": 1}), (i, i))
     os.utime(tmp_path / "a" / "step-00000001.pt", (9, 9))
     assert checkpoint.newest_run(tmp_path) == tmp_path / "a"
+    os.utime(checkpoint.save(tmp_path / "b", {"step": 2}), (10, 10))            # its last checkpoint counts
+    assert checkpoint.newest_run(tmp_path) == tmp_path / "b"
     with pytest.raises(UserError, match="no trained run"):
         checkpoint.newest_run(tmp_path / "nowhere")
 
@@ -401,6 +417,37 @@ def test_samples_that_fail_during_training_do_not_end_it(tmp_path, monkeypatch, 
     assert sorted(p.name for p in run.glob("samples-*.png")) == ["samples-00000010.png", "samples-00000015.png"]
     assert [line["step"] for line in checkpoint.read_lines([run / "scores.jsonl"])] == [10]
     assert state(tiny(tmp_path))["step"] == 20
+    assert torch.get_float32_matmul_precision() == "high"                       # sampling computes in full float32
+
+
+def test_a_line_of_metrics_counts_its_own_steps_and_their_time(tmp_path, monkeypatch):
+    """By a clock of the test: three steps of two seconds, half a second of each for data; two processes, three images
+    each. What is paused does not count."""
+    clock = types.SimpleNamespace(now=100.0)
+    monkeypatch.setattr(log, "time", types.SimpleNamespace(**{**vars(time), "perf_counter": lambda: clock.now}))
+    for name, value in (("peak_flops", 900.0), ("meta_model", None), ("forward_flops", [10, 30])):
+        monkeypatch.setattr(log, name, lambda *_, value=value: value)
+    monkeypatch.setattr(Ranks, "sum", lambda self, x: x)
+    (tmp_path / "run").mkdir()
+    watch = log.Log(tiny(tmp_path, batch=6), Ranks(0, 2, torch.device("cpu")), 10, {"count": 24})
+
+    def data():
+        while True:
+            clock.now += 0.5
+            yield
+
+    stream = data()
+    for step in (11, 12, 13):
+        watch.wait_for(stream)
+        watch.add(torch.tensor(1.0), [(torch.rand(3), torch.ones(3))] * 2, 3)
+        clock.now += 1.5
+        watch.end_step(step, torch.tensor(1.0), 1e-3)
+        with watch.paused():
+            clock.now += 7
+    line = watch.write()
+    expected = {"step": 13, "images": 78, "epoch": 3.25, "images_per_second": 3, "images_per_second_per_gpu": 1.5,
+                "data_wait": 0.25, "seconds_left": 14, "mfu": 3 * 4.5 * (10 + 30) / 6 / 900}
+    assert {name: line[name] for name in expected} == pytest.approx(expected)
 
 
 def test_wandb_never_asks_for_a_key(tmp_path, monkeypatch):
