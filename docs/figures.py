@@ -106,7 +106,7 @@ def draw_upsampled(path: Path, run: load.Run, number: int = 13) -> None:
 
 def draw_systems(path: Path, folder: Path) -> None:
     """A row of samples for each system of studies.compare. Raises UserError when its runs are not there."""
-    args = Namespace(dataset="digits", ablation=None, seeds=1, steps=None, size=None, out=folder)
+    args = Namespace(dataset="digits", data=None, ablation=None, only=None, seeds=1, steps=None, size=None, out=folder)
     with contextlib.redirect_stdout(io.StringIO()):
         planned = compare.plan_runs(args)
     missing = [name for name, cfg in planned if not any(Path(cfg.out).glob("step-*.pt"))]
@@ -117,7 +117,7 @@ def draw_systems(path: Path, folder: Path) -> None:
 
 
 def draw_flops(path: Path) -> None:
-    compare.draw_curves(path, compare.gathered(lines("compare"), compare.SYSTEMS)[0])
+    compare.draw_curves(path, compare.gathered(lines("compare"), compare.SYSTEMS)[0], lines("compare"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
