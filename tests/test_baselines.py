@@ -306,8 +306,9 @@ def test_dfm_trains_the_times_of_its_algorithm():
         t[times.shape[1] - 1].append(times)
         return [torch.zeros_like(band) for band in bands]
 
-    dfm.loss(model, torch.zeros(20000, 1, 8, 8), None, dfm.Decomposable(stages="stratified", coarse_share=0.9),
-             BatchRandom(0, 0, 20000))
+    schedule = dfm.Decomposable(stages="stratified", coarse_share=0.9)
+    _, errors = dfm.loss(model, torch.zeros(20000, 1, 8, 8), None, schedule, BatchRandom(0, 0, 20000))
+    assert torch.equal(errors[1][0], t[1][0][:, 1])         # each error is noted at the time of its own band
     one, two = (torch.logit(part[0]) for part in t)
     assert len(one) == 18000 and len(two) == 2000
     assert one.mean().item() == pytest.approx(0, abs=0.03) and one.std().item() == pytest.approx(1, abs=0.03)

@@ -247,6 +247,8 @@ def test_the_four_commands(command, tmp_path, condition):
     text = command("vary", run, "--number", "11", "-n", "4", *fixed)
     assert "4 of image 11" in text and drawn(tmp_path, "variations")["images"].shape == (4, 8, 8, 1)
     assert np.array_equal(drawn(tmp_path, "variations")[key], previews[key][[11] * 4])
+    report = json.loads((tmp_path / "drawn" / "vary.json").read_text())
+    assert 0 < 5 * report["std_coarse"] < report["std"]     # they differ in the fine bands
     Image.fromarray(np.full((4, 4), 200, np.uint8)).save(tmp_path / "small.png")
     text = command("upsample", run, "--image", "small.png", "-n", "3", *fixed)
     assert "4 -> 8 pixels, 3 images, 6 calls" in text and drawn(tmp_path, "upsampled")["images"].shape == (3, 8, 8, 1)
@@ -254,6 +256,22 @@ def test_the_four_commands(command, tmp_path, condition):
     assert report["what"] == "upsample" and report["solver"] == "heun" and report["rms_of_input"] > 0
     assert {f"{name}.png" for name in ("previews", "refined", "variations", "upsampled")} <= {
         path.name for path in (tmp_path / "drawn").iterdir()}
+
+
+def test_how_many_times_faster_previews_are(run, monkeypatch):
+    """By a clock of the test, on which an image takes a second for each of its bands."""
+    clock = SimpleNamespace(now=0.0)
+
+    def preview(run, numbers, y, seed, bands):
+        clock.now += bands * len(numbers)
+        return torch.zeros(len(numbers), 2, 4, 4), 9
+
+    monkeypatch.setattr(causal, "preview", preview)
+    monkeypatch.setattr(causal, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    args = SimpleNamespace(num=7, numbers=range(7), batch=3, bands=2, seed=0)
+    report, images, _, text = causal.show_previews(run, args, None, {})
+    assert report["seconds_per_image"] == 2 and report["speed_up"] == 1.5 and len(images) == 7
+    assert "2.0000 s each: 1.5 times faster than whole images" in text
 
 
 def test_a_command_reports_what_it_cannot_do(give_up, tmp_path):

@@ -165,6 +165,18 @@ def test_the_gpu_table_shows_the_newest_lines_of_the_last_gpu(monkeypatch):
     assert tables.gpu().count(no) == 5 * 7 and "CPU" not in tables.gpu()
 
 
+def test_the_table_of_digits_has_each_system_below_its_name(monkeypatch):
+    names = ("label_agreement", "frechet_pixel", "class_variance", "novelty", "precision", "recall")
+    ours, lfm, real = ({name: value for name in names} for value in (0.1, 0.2, 0.3))
+    rows = {"digits": [{**line(0, 0.1, command="python train.py", seconds_total=99.0, nfe=52), **ours, "real": real}],
+            "compare": [line(0, 0.9), {**line(0, 0.2, settings={"method": "lfm"}, nfe=63), **lfm}]}
+    monkeypatch.setattr(tables, "lines", rows.get)
+    head, _, *text = tables.digits().splitlines()[:10]
+    assert head.endswith("| LapFlow | LFM, equal training FLOPs | real images |")
+    assert all(row.endswith("| 0.100 | 0.200 | 0.300 |") for row in text[:6])
+    assert text[6].endswith("| 52 | 63 |  |") and text[7].endswith("| 99 |  |  |")
+
+
 def test_the_table_of_ablations_has_each_score_below_its_name(monkeypatch):
     rows = [line(0, 0.123, class_variance=0.456), line(0, 0.234, class_variance=0.567, settings={"mask": "none"})]
     monkeypatch.setattr(tables, "lines", lambda name: rows)
@@ -235,4 +247,6 @@ def test_fashion_is_judged_by_its_classifier(tmp_path, monkeypatch):
         assert scores["n"] == scores["n_reference"] == 140
         if importlib.util.find_spec("efficientnet_lite_pytorch"):
             assert scores["frechet_efficientnet"] > 0 and "kid_efficientnet" in scores
+    for name in ("frechet_pixel", "frechet", "frechet_efficientnet"):          # real images are not the generated ones
+        assert name not in both or both["real"][name] != both[name]
     assert torch.load(next((tmp_path / "judges").glob("*.pt")), weights_only=True)

@@ -359,6 +359,10 @@ def test_fine_tuning_takes_another_resolution_and_other_classes(tmp_path, images
         for name, weight in source.model.state_dict().items():
             assert name.startswith("condition.") or torch.equal(weight, tuned[name])
         assert tuned["condition.table.weight"].shape[0] == 4
+    renamed = {**source.facts, "classes": ["cat", "dog"]}   # as many, but others
+    model = load.build_model(source.cfg, renamed)
+    assert "starts anew" in load.fine_tune(model, str(tmp_path / "first"), renamed)
+    assert not torch.equal(model.condition.table.weight, source.model.condition.table.weight)
     with pytest.raises(UserError, match="do not fit the configuration"):
         train.train(run_of(tmp_path / "third", tmp_path / "cache", vae, size="64,2,2,2", init=str(tmp_path / "first")),
                     device="cpu")

@@ -657,7 +657,8 @@ def grid_of(solve: SimpleNamespace) -> list[float]:
 @setting("num_samples", "sample_every", "eval_every", "solver", "solver_steps", "cfg_scale")
 def test_samples_of_training(tmp_path, monkeypatch):
     """16 images at steps 2 and 4, nine at step 3, nine at the end, all by Heun's solver in six steps, guided."""
-    trace, grids, scored = watch_sampling(monkeypatch), [], []
+    trace, grids, scored, scales = watch_sampling(monkeypatch), [], [], []
+    monkeypatch.setattr(pictures, "watch", lambda run, model, *_: scales.append(model.cfg_scale))
     monkeypatch.setattr(pictures, "draw_grid", lambda path, images, *_: grids.append((path.name, len(images))))
     monkeypatch.setattr(fid, "evaluate", lambda dataset, images, *_: scored.append(len(images)) or {})
     monkeypatch.setattr(fid, "table", lambda scores: "")
@@ -681,7 +682,7 @@ def test_samples_of_training(tmp_path, monkeypatch):
     assert all(len(grid_of(solve)) == 3 + 1 for solve in trace.solves)
     assert all((y.chunk(2)[1] == 10).all() and (y.chunk(2)[0] < 10).all() for y in passes)      # guided: both halves
     scores = json.loads((tmp_path / "run" / "scores.json").read_text())
-    assert scores["cfg_scale"] == 1.7 and scores["num"] == 9
+    assert scores["cfg_scale"] == 1.7 and scores["num"] == 9 and scales == [1.7]        # and of the trajectory
 
 
 @setting("rtol", "atol")

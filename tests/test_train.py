@@ -382,6 +382,15 @@ def test_too_little_disk_for_the_checkpoints_is_an_error(tmp_path, monkeypatch):
         train.train(tiny(tmp_path), device="cpu")
 
 
+def test_checkpoints_that_stay_for_good_need_room_too(tmp_path, monkeypatch):
+    train.train(tiny(tmp_path, steps=1), device="cpu")
+    size = checkpoint.path(tmp_path / "run", 1).stat().st_size
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=4 * size))
+    train.train(tiny(tmp_path, "few", steps=1, keep=2), device="cpu")           # three at a time
+    with pytest.raises(UserError, match="the checkpoints need"):
+        train.train(tiny(tmp_path, "many", steps=1000, keep=2, keep_every=100), device="cpu")
+
+
 def test_other_sampling_settings_of_a_finished_run_reach_its_checkpoint(tmp_path):
     train.train(tiny(tmp_path, steps=5), device="cpu")
     train.train(tiny(tmp_path, steps=5, solver="heun", solver_steps=6), device="cpu")
