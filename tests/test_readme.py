@@ -284,7 +284,8 @@ def test_forks_train(tmp_path):
 
 @pytest.mark.slow
 def test_the_tests_pass_on_a_copy_with_all_forks(tmp_path):
-    """All fast ones but those of sizes and of this README, and those that run the same programs again."""
+    """All fast ones but those of sizes and of this README, and those that no fork here can reach, for their time."""
     folder = copy(tmp_path / "fork", *FORKS)
-    again = [f"--ignore=tests/test_{name}.py" for name in ("readme", "house", "gpu", "features", "ranks")]
+    again = [f"--ignore=tests/test_{name}.py" for name in ("readme", "house", "gpu", "features", "ranks", "plan",
+                                                               "bench", "images", "card", "demo", "notebook")]
     run(folder, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *again, limit=1800)
