@@ -775,7 +775,8 @@ def test_no_source_file_runs_what_a_file_says():
     files = [file for file in ROOT.rglob("*.py") if "tests" not in file.relative_to(ROOT).parts
              and not any(part.startswith(".") or part in ("venv", "build") for part in file.relative_to(ROOT).parts)]
     assert {"train.py", "checkpoint.py", "tables.py"} <= {file.name for file in files}
-    assert {file.name: problems for file in files if (problems := problems_of(file.read_text()))} == {}
+    problems = {str(file.relative_to(ROOT)): problems_of(file.read_text()) for file in files}
+    assert {name for name, lines in problems.items() if lines} == {"docs/notebook.py"}         # it runs its own cells
 
 
 @pytest.mark.parametrize("line", [
