@@ -24,12 +24,15 @@ import sample
 import train
 from config import Config, UserError, differences
 from conftest import ROOT, randomize, tiny
+from data import batches
 from data.conditions import Vectors
 from extras import causal
 from run import card, load, log
 from run.load import Run, build_model, load_run
 from run.paper import PRESETS, resolve
 from run.ranks import Ranks
+from scores.classes import class_scores
+from scores.features import pixel_features
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 DIGITS = {"channels": 1, "side": 8, "classes": [str(i) for i in range(10)], "vectors": None, "count": 1797,
@@ -494,3 +497,14 @@ def test_up_to_the_hub_and_back_in_new_processes(tmp_path):
     assert code == 0 and f"diffusers {hashlib.sha256(images).hexdigest()}" in text, text
     hub.shutdown()
     hub.server_close()
+
+
+def test_the_weights_in_the_repository_draw_the_digits_asked_for():
+    """A hundred, by Euler; the classifier is that of the scores. The card beside them is of the same run."""
+    run = load_run(str(ROOT / "docs/models/digits"), device="cpu")
+    images = run.sample(labels=[str(i % 10) for i in range(100)], seed=3, steps=20)
+    x1, labels = batches.digits().reference(1797)
+    scores = class_scores(pixel_features(batches.to_images(x1)), labels, pixel_features(images), np.arange(100) % 10)
+    assert scores["label_agreement"] > 0.9
+    text = (ROOT / "docs/models/digits/README.md").read_text()
+    assert f"{run.step:,} of 128 images" in text and "python train.py --seed 1" in text and run.weights == "ema"
