@@ -63,7 +63,7 @@ class StopSignals:
     SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
     def __init__(self, message: str = "stopped", immediate: bool | None = None):
-        self.asked, self.message = False, message
+        self.asked, self.leaving, self.message = False, False, message
         self.immediate = int(os.environ.get("WORLD_SIZE", 1)) == 1 if immediate is None else immediate
 
     @classmethod
@@ -78,11 +78,13 @@ class StopSignals:
 
     def __exit__(self, *_) -> None:
         for number, handler in self.previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if self.leaving else handler)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
         if self.immediate:
+            self.leaving = True
+            self.ignore()
             print(self.message, flush=True)
             sys.exit(0)
 

@@ -5,7 +5,6 @@ so is the flow F from the noise to the image: F F^T must be S. All jumps are exa
 as closely as the solver integrates. (LapFlow under its causal mask does not: tests/test_sample.py.)
 """
 
-import json
 from functools import partial
 
 import numpy as np
@@ -500,13 +499,3 @@ def test_training_continues_and_its_run_is_loaded_and_exported(method, tmp_path,
     assert report["nfe_segments"] == {"lfm": [8], "dfm": [6, 2]}.get(method, report["nfe_segments"])
     export(run, tmp_path / "shared")
     assert np.array_equal(images, draw(load_run(str(tmp_path / "shared"), device="cpu"))[0])
-
-
-@pytest.mark.slow
-def test_the_scripts_work_unchanged(run_script, tmp_path):
-    quick = ["--method", "dfm", "--size", "32,2,2,2", "--batch", "20", "--solver", "midpoint", "--solver-steps", "4"]
-    assert "frechet_pixel" in run_script("train.py", *quick, "--steps", "6", "--num-samples", "20").stdout
-    assert (tmp_path / "out/digits-dfm/trajectory.png").exists()
-    assert "network passes" in run_script("sample.py", "--num", "6", "--cfg", "1.5", "--compile").stdout
-    run_script("fid.py", "--num", "10", "--record", "scores.jsonl")
-    assert json.loads((tmp_path / "scores.jsonl").read_text())["config"]["method"] == "dfm"
