@@ -237,20 +237,26 @@ def run_script(tmp_path):
     return run
 
 
+def run_here(monkeypatch, folder: Path, program: str, *arguments) -> None:
+    """Runs a program in a directory, in this process, where torch is loaded already: "train.py" or "data.latents"."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [program, *map(str, arguments)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)     # the module is imported already
+        if program.endswith(".py"):
+            runpy.run_path(str(ROOT / program), run_name="__main__")
+        else:
+            runpy.run_module(program, run_name="__main__")
+
+
 @pytest.fixture
 def give_up(tmp_path, monkeypatch, capsys):
     """give_up("train.py", "--size", "M/2"): what a program prints as it exits with an error. It runs in this process,
     where torch is loaded already; anything but a clean exit is raised here, and the test fails with it."""
     def run(program, *arguments):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", [program, *arguments])
         capsys.readouterr()
-        with pytest.raises(SystemExit) as stop, warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)                     # the module is imported already
-            if program.endswith(".py"):
-                runpy.run_path(str(ROOT / program), run_name="__main__")
-            else:
-                runpy.run_module(program, run_name="__main__")
+        with pytest.raises(SystemExit) as stop:
+            run_here(monkeypatch, tmp_path, program, *arguments)
         assert stop.value.code not in (0, None)
         return capsys.readouterr().err + (stop.value.code if isinstance(stop.value.code, str) else "")
 

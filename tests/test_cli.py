@@ -3,17 +3,14 @@
 import gzip
 import json
 import re
-import runpy
 import shlex
-import sys
-import warnings
 from itertools import product
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import ROOT
+from conftest import ROOT, run_here
 
 QUICK = ["--size", "32,2,2,2", "--steps", "6", "--batch", "16", "--solver", "midpoint", "--solver-steps", "4"]
 
@@ -33,15 +30,8 @@ def programs() -> list[str]:
 def program(tmp_path, monkeypatch, capsys):
     """program("sample.py", "-n", "12"): what it prints. It runs in this process, where torch is loaded already."""
     def start(name, *arguments):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
         capsys.readouterr()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)                     # the module is imported already
-            if name.endswith(".py"):
-                runpy.run_path(str(ROOT / name), run_name="__main__")
-            else:
-                runpy.run_module(name, run_name="__main__")
+        run_here(monkeypatch, tmp_path, name, *arguments)
         return capsys.readouterr().out
 
     return start

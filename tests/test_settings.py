@@ -8,10 +8,8 @@ import json
 import math
 import os
 import re
-import runpy
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +28,7 @@ import pyramid
 import sample
 import train
 from config import Config, UserError
-from conftest import ROOT, close, metrics, randomize, same, state, tiny, train_and_score
+from conftest import ROOT, close, metrics, randomize, run_here, same, state, tiny, train_and_score
 from data import batches, latents
 from data.batches import ImageRandom
 from run import checkpoint, load, log, memory, pictures
@@ -956,14 +954,8 @@ def test_a_lower_bound_of_memory_chooses_the_micro_batch(tmp_path, monkeypatch):
 def test_a_program_ends_with_one_sentence_and_1(monkeypatch, tmp_path, command):
     """An exit with text is that text on stderr and exit code 1. No traceback, nothing written."""
     program, *flags = command.split()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [program, *flags])
-    with pytest.raises(SystemExit) as stop, warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)     # the module is imported already
-        if program.endswith(".py"):
-            runpy.run_path(str(ROOT / program), run_name="__main__")
-        else:
-            runpy.run_module(program, run_name="__main__")
+    with pytest.raises(SystemExit) as stop:
+        run_here(monkeypatch, tmp_path, program, *flags)
     assert re.fullmatch(r"error: [^\n]{10,}", str(stop.value.code)), stop.value.code
     assert not list(tmp_path.iterdir())
 
