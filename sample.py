@@ -28,6 +28,7 @@ import config
 from config import UserError, check_solver
 from data import conditions
 from data.batches import ImageRandom
+from data.sources import chunks_of
 from run import card, gallery, graphs, load
 from run.load import Run
 from run.ranks import Ranks
@@ -152,11 +153,6 @@ def draw_batches(run: Run, chunks: list[range], y: Tensor | None, seed: int = 0,
         nfe = [model.calls[run.shape[1] >> k] for k in reversed(range(run.cfg.num_scales))]
         yield numbers, images, {"first": numbers.start, "count": len(numbers), "nfe": nfe, "forwards": model.passes,
                                 "seconds": time.perf_counter() - began}
-
-
-def chunks_of(num: int, batch: int) -> list[range]:
-    """Images 0..num-1 in batches, the same ones for any number of processes."""
-    return [range(first, min(first + batch, num)) for first in range(0, num, batch)]
 
 
 def generate(run: Run, num: int, y: Tensor | None, seed: int = 0, batch: int = 250, progress: bool = True,

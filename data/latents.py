@@ -133,8 +133,7 @@ class Cache:
     def __init__(self, folder: Path, header: dict, source: sources.Source, vae: Autoencoder, ranks: Ranks):
         self.folder, self.header, self.source, self.vae, self.ranks = folder, header, source, vae, ranks
         self.row = 2 * 2 * header["channels"] * header["side"] ** 2 * 2             # bytes of one image
-        count, batch = len(source), header["batch"]
-        self.chunks = [range(first, min(first + batch, count)) for first in range(0, count, batch)]
+        self.chunks = sources.chunks_of(len(source), header["batch"])
 
     def prepare(self, vectors: np.ndarray | None) -> None:
         """By the first process: makes room, or checks that the files there belong to the same job."""

@@ -313,6 +313,11 @@ def crop(image: Image.Image, resolution: int) -> np.ndarray:
     return array[top : top + resolution, left : left + resolution].transpose(2, 0, 1)
 
 
+def chunks_of(num: int, batch: int) -> list[range]:
+    """Images 0..num-1 in batches, the same ones for any number of processes."""
+    return [range(first, min(first + batch, num)) for first in range(0, num, batch)]
+
+
 def download(name: str, patterns: list[str]) -> Path:
     """The files of OWNER/NAME or OWNER/NAME@REVISION on the hub, in its cache. Raises UserError without a network."""
     from huggingface_hub import snapshot_download

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import config
 from config import UserError
-from data.sources import explain, open_source
+from data.sources import chunks_of, explain, open_source
 from run.ranks import Ranks
 from scores import features as extractors
 
@@ -185,7 +185,7 @@ def main() -> None:
         extractor = load_extractor(args, args.features, ranks)
         how = {"extractor": extractor.identity, "codec": args.codec, "res": args.res, "source": args.data,
                "crop": "ADM: box halving, bicubic, centre", "fingerprint": source.fingerprint}
-        chunks = [range(i, min(i + args.batch, len(source))) for i in range(0, len(source), args.batch)]
+        chunks = chunks_of(len(source), args.batch)
         read = ((chunk.start, np.stack([source.image(i, args.res) for i in chunk]).transpose(0, 2, 3, 1))
                 for chunk in chunks[ranks.rank :: ranks.world])
         statistics = statistics_of(read, extractor, how, len(source), ranks)
