@@ -96,6 +96,7 @@ class Config:
     ema: float = option(0.995, "decay of the averaged weights that are sampled by default (0: keep none)")
     precision: str = option("float32", "of the network in training: float32 or bfloat16; weights and loss stay float32")
     compile: bool = option(False, "compile the transformer blocks, one graph for each stage", free=True)
+    shard: bool = option(False, "several processes share the optimizer's state: less memory, more traffic", free=True)
     recompute: bool = option(False, "activation checkpointing: less memory, a third more time", free=True)
     # sampling
     solver: str = option("dopri5", "dopri5 (adaptive), euler, midpoint, heun or rk4", free=True)

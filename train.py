@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 import baselines
 import config
@@ -74,6 +73,7 @@ class Job:
     ema: nn.Module | None
     optimizer: torch.optim.Optimizer
     parts: list[slice]                                      # rows of the global batch: one for each micro-batch
+    writer: checkpoint.Writer
     step: int = 0
     resumed_at: int = 0
     began: float = 0.0                                      # time.perf_counter() of this process's start
@@ -92,9 +92,9 @@ def setup(cfg: Config, ranks: Ranks) -> Job:
     load.check_guidance(cfg, cfg.cfg_scale, model.condition)
     parts = memory.micro_batches(model, cfg, ranks)
     ema = copy.deepcopy(model).requires_grad_(False) if cfg.ema else None
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, cfg.beta2),
-                                  weight_decay=cfg.weight_decay, fused=ranks.device.type in FUSED)
-    return Job(cfg, ranks, dataset, facts, model, ema, optimizer, parts)
+    optimizer = ranks.optimizer(list(model.parameters()), cfg.shard, lr=cfg.lr, betas=(0.9, cfg.beta2),
+                                weight_decay=cfg.weight_decay, fused=ranks.device.type in FUSED)
+    return Job(cfg, ranks, dataset, facts, model, ema, optimizer, parts, checkpoint.Writer(cfg, ranks))
 
 
 def resume(job: Job, fresh: bool) -> None:
@@ -111,9 +111,7 @@ def resume(job: Job, fresh: bool) -> None:
         job.model.load_state_dict(state["model"])
         if job.ema is not None:
             job.ema.load_state_dict(state["ema"])
-        for group in state["optimizer"]["param_groups"]:    # of the device it was saved on
-            group["fused"] = job.optimizer.defaults["fused"]
-        job.optimizer.load_state_dict(state["optimizer"])
+        ranks.restore(job.optimizer, state["optimizer"])
         ranks.say(f"continuing {out} at step {job.step} of {cfg.steps} (--fresh starts over)")
         if cfg.steps != state["config"]["steps"]:
             ranks.say(f"the run was planned for {state['config']['steps']} steps: the learning rate follows the new "
@@ -127,9 +125,11 @@ def resume(job: Job, fresh: bool) -> None:
 
 
 def save(job: Job) -> None:
+    """In all processes; a thread of the first writes the file while they go on."""
     state = {"step": job.step, "config": job.cfg.to_dict(), "data": job.facts, "model": job.model.state_dict(),
-             "ema": job.ema.state_dict() if job.ema is not None else None, "optimizer": job.optimizer.state_dict()}
-    job.ranks.first_does(lambda: checkpoint.save(Path(job.cfg.out), state, job.cfg.keep, job.cfg.keep_every))
+             "ema": job.ema.state_dict() if job.ema is not None else None,
+             "optimizer": job.ranks.optimizer_state(job.optimizer)}
+    job.writer.save(state)
 
 
 def loop(job: Job, stop: StopSignals, deadline: float) -> None:
@@ -139,11 +139,9 @@ def loop(job: Job, stop: StopSignals, deadline: float) -> None:
     if cfg.compile:
         load.compile_blocks(model)
     objective = Objective(model, system.loss, system.schedule(cfg), cfg.precision)
-    if several:     # one stage for a whole batch leaves the finer bands without gradients; so does a rare stage of DFM
-        objective = DistributedDataParallel(objective,
-                                            find_unused_parameters=cfg.stages == "batch" or cfg.method == "dfm")
-        objective.broadcast_buffers = False                 # they never change; the argument is deprecated
-    metrics = log.Log(cfg, ranks, job.step, job.facts)
+    # one stage for a whole batch leaves the finer bands without gradients; so does a rare stage of DFM
+    objective = ranks.parallel(objective, cfg.stages == "batch" or cfg.method == "dfm", objective.bfloat16)
+    metrics = log.Log(cfg, ranks, job.step, job.facts, job.writer)
     stream = batches.micro_batches(job.dataset, cfg, job.step, job.parts, ranks.device, model.condition)
     ending = job.step >= cfg.steps
     if ending:                                              # nothing to train: but sample.py reads the settings there
@@ -159,14 +157,14 @@ def loop(job: Job, stop: StopSignals, deadline: float) -> None:
             metrics.add(loss, errors, len(x1))
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
         if optimizer.defaults["fused"]:                     # skips a step that is not finite without waiting for it
-            optimizer.found_inf = (~grad_norm.isfinite()).float()
+            getattr(optimizer, "optim", optimizer).found_inf = (~grad_norm.isfinite()).float()
         if optimizer.defaults["fused"] or grad_norm.isfinite():
             optimizer.step()
         if job.ema is not None:
             update_ema(job.ema, model, cfg.ema, job.step)
         job.step += 1
         metrics.end_step(job.step, grad_norm, group["lr"])
-        ending = ranks.any(stop.asked or time.perf_counter() > deadline) or job.step == cfg.steps
+        ending = ranks.any(stop.asked or job.writer.failed or time.perf_counter() > deadline) or job.step == cfg.steps
         saving = job.step % cfg.save_every == 0 or ending
         if job.step % cfg.log_every == 0 or saving:
             metrics.write()
@@ -250,7 +248,7 @@ def train(cfg: Config, fresh: bool = False, device: str | None = None, stop_afte
         ranks.first_does(load.Run(cfg, job.model, job.facts, Path(cfg.out), 0, "raw").ready)
         ranks.say(memory.summary(job.model, cfg, job.parts, ranks))
         stop.immediate = False                              # from here on a signal lets the step end: save, and return
-        with memory.explained(job.model, cfg, job.parts, ranks):
+        with memory.explained(job.model, cfg, job.parts, ranks), job.writer:
             loop(job, stop, began + stop_after)
         stopped = ranks.any(stop.asked)                     # perhaps in the last step
         if job.step < cfg.steps or stopped:

@@ -3,6 +3,7 @@
 RUN/step-00001000.pt holds {version, step, config, data, model, ema, optimizer}. It is written to a temporary file,
 flushed to the disk and renamed, so a crash leaves the previous one. torch.save writes a zip archive, whose checksums
 are verified before anything is used; it is read with weights_only=True, so a file from a stranger cannot run code.
+Training waits for a copy of the state only; a thread writes it.
 """
 
 import json
@@ -12,12 +13,14 @@ import shutil
 import sys
 import zipfile
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from config import Config, UserError, differences, first_line
+from run.ranks import Ranks
 
 VERSION = 2
 
@@ -72,6 +75,71 @@ def save(run: Path, state: dict, keep: int = 2, keep_every: int = 0) -> Path:
         if not keep_every or int(old.stem[5:]) % keep_every:
             old.unlink()
     return target
+
+
+def copied(value: object) -> object:
+    """Tensors, and those in dictionaries, in memory of their own: pinned, and still on their way, from a GPU."""
+    if isinstance(value, dict):
+        return {name: copied(part) for name, part in value.items()}
+    if not isinstance(value, torch.Tensor):
+        return value
+    return torch.empty_like(value, device="cpu", pin_memory=value.is_cuda).copy_(value, non_blocking=value.is_cuda)
+
+
+class Writer:
+    """Saves the checkpoints of a run in a thread, while training goes on: one at a time, each from a copy of the state.
+
+        with writer:
+            writer.save(state)
+
+    The next save and the end of the block wait for the file before. Where it could not be written, they end all
+    processes with its UserError. An error inside the block waits too, alone: the processes may not be together then.
+    """
+
+    def __init__(self, cfg: Config, ranks: Ranks):
+        self.cfg, self.ranks, self.pool = cfg, ranks, ThreadPoolExecutor(1)
+        self.writing: Future | None = None
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: type | None, *_) -> None:
+        with self.pool:                                     # its end waits for the thread
+            if kind is None:
+                self.ranks.first_does(self.wait)
+        if self.failed:
+            print(f"warning: {self.writing.exception()}", file=sys.stderr)
+
+    @property
+    def failed(self) -> bool:
+        """True when the next save will raise: the loop need not wait for it."""
+        return self.writing is not None and self.writing.done() and self.writing.exception() is not None
+
+    def wait(self) -> None:
+        """Until the last file is whole. Raises UserError when it could not be written."""
+        writing, self.writing = self.writing, None
+        if writing:
+            writing.result()
+
+    def save(self, state: dict) -> None:
+        """In all processes: the first copies its state and begins to write it, the others wait for the copy."""
+        self.ranks.first_does(lambda: self.begin(state))
+
+    def begin(self, state: dict) -> None:
+        self.wait()
+        device, copy = self.ranks.device, state
+        with suppress(RuntimeError):                        # no memory for a copy: training waits for the file
+            copy = copied(state)
+        there = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+
+        def write():
+            if there:
+                there.synchronize()
+            save(Path(self.cfg.out), copy, self.cfg.keep, self.cfg.keep_every)
+
+        self.writing = self.pool.submit(write)
+        if copy is state:
+            self.wait()
 
 
 def read(path: Path, checked: bool = False) -> dict:

@@ -47,9 +47,9 @@ class Log:
 
     On a terminal a bar shows the progress; elsewhere each line of metrics prints one line. facts: of the data."""
 
-    def __init__(self, cfg: Config, ranks: Ranks, step: int, facts: dict):
+    def __init__(self, cfg: Config, ranks: Ranks, step: int, facts: dict, writer: checkpoint.Writer | None = None):
         self.cfg, self.ranks, self.epoch = cfg, ranks, facts["count"]
-        self.out, self.logger, self.in_a_row = Path(cfg.out), None, 0
+        self.out, self.logger, self.in_a_row, self.writer = Path(cfg.out), None, 0, writer
         self.file, self.peak = self.out / "metrics.jsonl", peak_flops(ranks.device)
         self.flops = forward_flops(meta_model(cfg, facts)) if self.peak else None   # of an image, by stage
         self.shares, self.terminal = baselines.SYSTEMS[cfg.method].schedule(cfg).shares, sys.stderr.isatty()
@@ -159,6 +159,8 @@ class Log:
             if self.ranks.first:
                 print(f"warning: {text}: the step was not applied", file=sys.stderr)
             return
+        if self.writer:
+            self.writer.wait()
         last = next(iter(checkpoint.steps(self.out)), None)
         good = f"the last good checkpoint is {last}" if last else "no checkpoint was written yet"
         raise UserError(f"{text}: {PATIENCE} steps in a row were not finite and not applied; training stopped, {good}; "

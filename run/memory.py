@@ -83,7 +83,8 @@ def activation_bytes(model: torch.nn.Module, stage: int, precision: str) -> int:
 
 def memory_bytes(model: torch.nn.Module, cfg: Config, micro_batch: int, world: int = 1) -> int:
     """Peak on one GPU: weights, gradients (twice while they are summed), Adam's two moments, EMA, and activations."""
-    state = 4 * parameters(model) * (4 + (cfg.ema > 0) + (world > 1) + 0.5 * (cfg.precision == "bfloat16"))
+    state = 4 * parameters(model) * (2 + 2 / (world if cfg.shard else 1) + (cfg.ema > 0) + (world > 1)
+                                     + 0.5 * (cfg.precision == "bfloat16"))
     per_image = [activation_bytes(model, stage, cfg.precision) for stage in range(model.num_scales)]
     return int(state + micro_batch * (max(per_image) if cfg.stages == "batch" else mean_of_stages(cfg, per_image)))
 

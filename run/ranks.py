@@ -2,7 +2,8 @@
 
 torchrun starts one process for each GPU; python starts a single one. The global batch belongs to the run: process r of
 W trains rows r B/W .. (r+1) B/W of it, in equal micro-batches when they do not fit at once, and torch's
-DistributedDataParallel averages the gradients. So 1 process and 8 compute the same step.
+DistributedDataParallel averages the gradients. So 1 process and 8 compute the same step, to rounding: that of float32,
+or of bfloat16 where the network computes in it, since the gradients then travel in it too.
 
     torchrun --nproc_per_node=8 train.py ...                        one node
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py ...
@@ -23,7 +24,10 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 import torch.distributed.nn  # noqa: F401  (before a group exists: see Ranks.__exit__)
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
 
 from config import UserError, first_line
 
@@ -150,7 +154,10 @@ class Ranks:
 
     def least(self, value: float) -> float:
         """The smallest of all processes' values."""
-        return min(self.gather_all(value))
+        x = torch.tensor(value, dtype=torch.float64)
+        if self.world > 1:
+            dist.all_reduce(x, dist.ReduceOp.MIN)
+        return x.item()
 
     def gather(self, value: T) -> list[T]:
         """The values of all processes, in their order, for the first one; the others get []."""
@@ -159,13 +166,6 @@ class Ranks:
         values = [None] * self.world if self.first else None
         dist.gather_object(value, values)
         return values or []
-
-    def gather_all(self, value: T) -> list[T]:
-        """The values of all processes, in their order, for all."""
-        values = [value] * self.world
-        if self.world > 1:
-            dist.all_gather_object(values, value)
-        return values
 
     def share(self, value: T) -> T:
         """The first process's value, for all."""
@@ -188,6 +188,48 @@ class Ranks:
         if self.any(problem is not None):
             raise problem or SystemExit(1)
         return result
+
+    def parallel(self, objective: nn.Module, unused: bool, bfloat16: bool) -> nn.Module:
+        """The objective, its gradients averaged over all processes: as bfloat16 they are half the traffic.
+        unused: a step may leave weights without gradients."""
+        if self.world == 1:
+            return objective
+        objective = DistributedDataParallel(objective, find_unused_parameters=unused)
+        objective.broadcast_buffers = False                 # they never change; the argument is deprecated
+        if bfloat16:
+            # under its own name torch allows it with NCCL only, but gloo does the same
+            objective.register_comm_hook(None, lambda group, bucket: bf16_compress_hook(group, bucket))
+        return objective
+
+    def optimizer(self, weights: list[nn.Parameter], shard: bool, **settings) -> torch.optim.Optimizer:
+        """AdamW. shard: each of several processes keeps the moments of its share of the weights, and updates those."""
+        if self.world == 1 or not shard:
+            return torch.optim.AdamW(weights, **settings)
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        return ZeroRedundancyOptimizer(weights, torch.optim.AdamW, **settings)
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict:
+        """The state as a single AdamW has it: whole in the first process, called in all.
+
+        torch's own consolidate_state_dict turns bytes into tensors at 11 MB a second: six minutes for L/2."""
+        own = getattr(optimizer, "optim", optimizer)        # the AdamW of this process's share of the weights
+        if own is optimizer:
+            return optimizer.state_dict()
+        number = {weight: i for i, weight in enumerate(optimizer.param_groups[0]["params"])}
+        shares = self.gather([(number[weight], {name: x.cpu() for name, x in entry.items()})
+                              for weight, entry in own.state.items()])
+        group = {**own.state_dict()["param_groups"][0], "params": [*number.values()]}
+        return {"state": dict(sorted(sum(shares, []))), "param_groups": [group]}
+
+    def restore(self, optimizer: torch.optim.Optimizer, state: dict) -> None:
+        """Loads what `optimizer_state` gave, whatever the device and the number of processes were."""
+        own, (group,) = getattr(optimizer, "optim", optimizer), state["param_groups"]
+        number = {weight: i for i, weight in enumerate(optimizer.param_groups[0]["params"])}
+        share = [number[weight] for weight in own.param_groups[0]["params"]]
+        group = {**group, "params": [*range(len(share))], "fused": optimizer.defaults["fused"]}
+        entries = {place: state["state"][i] for place, i in enumerate(share) if i in state["state"]}
+        own.load_state_dict({"state": entries, "param_groups": [group]})
 
     def rows(self, batch: int, micro_batch: int, least: int = 1) -> list[slice]:
         """The micro-batches of this process: equal slices of the global batch, at most micro_batch rows each (0: all).

@@ -67,6 +67,7 @@ DFM = dict(num_scales=3, size="32,2,2,4", method="dfm", batch=24)       # stages
 @pytest.mark.parametrize("settings, world", [
     (dict(stages="stratified", **THREE), 2), (dict(stages="batch", **THREE), 2),
     (dict(stages="stratified", **DFM), 2), (dict(stages="batch", seed=2, **DFM), 2),
+    (dict(stages="batch", shard=True, **THREE), 2),
     pytest.param(dict(stages="stratified", recompute=True, **THREE), 2, marks=pytest.mark.slow),
     pytest.param(dict(stages="stratified", method="separate", **THREE), 2, marks=pytest.mark.slow),
     pytest.param(dict(stages="batch", method="edify", **THREE), 2, marks=pytest.mark.slow),
@@ -89,7 +90,7 @@ def test_several_processes_compute_what_a_single_process_does(tmp_path, monkeypa
         a, b = state(alone), state(shared)
         assert close(a["model"], b["model"], atol=1e-6) and close(a["ema"], b["ema"], atol=1e-6)
         assert distance(a["model"], b["model"], first[0]["model"]) < 1e-5       # of the updates
-        steps = [[entry["step"].item() for entry in x["optimizer"]["state"].values()] for x in (a, b)]
+        steps = [{i: entry["step"].item() for i, entry in x["optimizer"]["state"].items()} for x in (a, b)]
         assert steps[0] == steps[1]                         # weights of an absent stage are skipped in both
 
     alone, shared = runs(6)
@@ -153,7 +154,69 @@ def checkpoint_lines(file: Path) -> list:
 
 
 @needs_fork
-def test_a_step_that_is_not_finite_in_a_single_process_is_skipped_in_all(tmp_path, monkeypatch):
+def test_each_process_keeps_its_share_of_the_optimizer_and_any_number_goes_on(tmp_path, monkeypatch):
+    """Two, one, two processes with --shard, against one without; no checkpoint tells how it was made."""
+    original = Ranks.optimizer_state
+
+    def watched(ranks, optimizer):
+        print("keeps", sum(x.numel() for entry in getattr(optimizer, "optim", optimizer).state.values()
+                           for x in entry.values() if x.dim()), flush=True)
+        return original(ranks, optimizer)
+
+    monkeypatch.setattr(Ranks, "optimizer_state", watched)
+    monkeypatch.setattr(torch.optim, "AdamW", partial(torch.optim.AdamW, eps=1e-3))
+    whole = tiny(tmp_path, "whole", steps=12, lr_end=1e-3, ema=0.9)
+    first_weights = train.setup(whole, Ranks(0, 1, torch.device("cpu"))).model.state_dict()
+    train.train(whole, device="cpu")
+    a = state(whole)
+    total = sum(x.numel() for entry in a["optimizer"]["state"].values() for x in entry.values() if x.dim())
+    for steps, shard, world in ((4, True, 2), (6, False, 1), (10, True, 2), (12, False, 2)):
+        cfg = tiny(tmp_path, "shared", steps=steps, lr_end=1e-3, ema=0.9, shard=shard)
+        if world == 1:
+            train.train(cfg, device="cpu")
+            continue
+        kept = [int(re.search(r"keeps (\d+)", output)[1]) for output in train_by(world, cfg, tmp_path)]
+        assert sum(kept) == total and min(kept) > 0.45 * total if shard else kept == [total] * 2
+    b = state(cfg)
+    assert distance(a["model"], b["model"], first_weights) < 1e-5
+    assert a["optimizer"]["param_groups"] == b["optimizer"]["param_groups"]
+    assert [*a["optimizer"]["state"]] == [*b["optimizer"]["state"]]
+    for x, y in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values(), strict=True):
+        assert close(x, y, rtol=1e-3, atol=1e-7) and x["step"] == y["step"]
+
+
+@needs_fork
+def test_gradients_in_bfloat16_travel_in_bfloat16(tmp_path, monkeypatch):
+    """Six steps of two processes against one, in the same micro-batches: rounded to eight bits, and no more."""
+    monkeypatch.setattr(torch.optim, "AdamW", partial(torch.optim.AdamW, eps=1e-3))
+    settings = dict(steps=6, micro_batch=3, log_every=1, lr=1e-2, save_every=1, keep=20, precision="bfloat16", **THREE)
+    alone, shared = (tiny(tmp_path, name, **settings) for name in ("alone", "shared"))
+    train.train(alone, device="cpu")
+    train_by(2, shared, tmp_path)
+    first = [checkpoint.read(checkpoint.path(Path(cfg.out), 1)) for cfg in (alone, shared)]
+    moments = [{str(i): entry["exp_avg"] for i, entry in x["optimizer"]["state"].items()} for x in first]
+    zero = {name: torch.zeros_like(x) for name, x in moments[0].items()}
+    assert 2**-11 < distance(*moments, zero) < 2**-8        # of the first gradient, averaged
+    assert distance(weights(alone.out), weights(shared.out), first[0]["model"]) < 0.01     # of all updates
+
+
+@needs_fork
+@pytest.mark.parametrize("when", ["between", "at the end"])
+def test_a_checkpoint_that_cannot_be_written_ends_all_with_one_sentence(tmp_path, monkeypatch, when):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    cfg = tiny(tmp_path, steps=100_000 if when == "between" else 5, save_every=5)
+    codes, outputs = Forks(2, lambda: train.train(cfg, device="cpu"), tmp_path).wait()
+    assert codes == [1, 1], outputs
+    assert outputs[0].count("error in process 0: cannot write the checkpoint") == 1
+    assert "No space left" in outputs[0] and not outputs[1] and "Traceback" not in outputs[0]
+
+
+@needs_fork
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_step_that_is_not_finite_in_a_single_process_is_skipped_in_all(tmp_path, monkeypatch, shard):
     original, calls = baselines.lapflow.loss, []
 
     def broken(model, x1, y, schedule, rng):
@@ -162,7 +225,7 @@ def test_a_step_that_is_not_finite_in_a_single_process_is_skipped_in_all(tmp_pat
         return total * (float("nan") if len(calls) == 3 and rng.rows.start else 1), errors
 
     monkeypatch.setattr(baselines.lapflow, "loss", broken)
-    cfg = tiny(tmp_path, steps=5, log_every=1)
+    cfg = tiny(tmp_path, steps=5, log_every=1, shard=shard)
     outputs = train_by(2, cfg, tmp_path)
     assert outputs[0].count("the norm of the gradient is nan at step 3: the step was not applied") == 1
     assert "not applied" not in outputs[1]

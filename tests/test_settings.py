@@ -32,6 +32,7 @@ from conftest import ROOT, close, metrics, randomize, run_here, same, state, tin
 from data import batches, latents
 from data.batches import ImageRandom
 from run import checkpoint, load, log, memory, pictures
+from run.ranks import Ranks
 
 TABLE = {}                                                  # setting -> its test
 
@@ -67,7 +68,7 @@ def watch(cfg: Config, patch: pytest.MonkeyPatch, **options) -> SimpleNamespace:
     trace = SimpleNamespace(cfg=cfg, losses=[], passes=[], tokens=[], dtypes=[], steps=[], averages=[], order=[],
                            saved=[], model=None)
     system, handles = baselines.SYSTEMS[cfg.method], []
-    loss, update, save, write = system.loss, train.update_ema, checkpoint.save, log.Log.write
+    loss, update, save, write = system.loss, train.update_ema, checkpoint.Writer.save, log.Log.write
 
     def watched_loss(model, x1, y, schedule, rng):
         if trace.model is None:
@@ -102,13 +103,13 @@ def watch(cfg: Config, patch: pytest.MonkeyPatch, **options) -> SimpleNamespace:
         trace.order.append("line")
         return write(self, *arguments)
 
-    def watched_save(run, state, *arguments):
+    def watched_save(self, state):
         trace.order.append("save")
         trace.saved.append((state["step"], clone(state["model"].items()), clone((state["ema"] or {}).items())))
-        return save(run, state, *arguments)
+        return save(self, state)
 
     for place, name, value in ((system, "loss", watched_loss), (train, "update_ema", watched_update),
-                               (checkpoint, "save", watched_save), (log.Log, "write", watched_write)):
+                               (checkpoint.Writer, "save", watched_save), (log.Log, "write", watched_write)):
         patch.setattr(place, name, value)
     handles += [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
     try:
@@ -594,6 +595,18 @@ def test_compile(tmp_path, monkeypatch):
     assert all(options == dict(dynamic=False, fullgraph=True) for _, options in compiled)
 
 
+@setting("shard")
+def test_shard(tmp_path, monkeypatch):
+    """What it does with several processes is in tests/test_ranks.py: each of two keeps half of the two moments."""
+    asked, original = [], Ranks.optimizer
+    monkeypatch.setattr(Ranks, "optimizer", lambda self, weights, shard, **settings: (
+        asked.append(shard), original(self, weights, shard, **settings))[1])
+    runs = [watch_data(tmp_path, str(shard), shard=shard) for shard in (False, True)]
+    assert asked == [False, True]
+    plain, sharded = (memory.memory_bytes(run.model, run.cfg, 1, world=2) for run in runs)
+    assert plain - sharded == 4 * memory.parameters(runs[0].model)
+
+
 @setting("logger")
 def test_logger(tmp_path, monkeypatch):
     """Weights & Biases reads what TensorBoard gets."""
@@ -878,8 +891,8 @@ def test_each_flag_sets_its_setting_and_no_other(monkeypatch):
     values = {**ODD, "dataset": "folder", "data": "D", "res": 24, "condition": "vectors", "space": "latent", "vae": "V",
               "latents": "L", "flip": False, "skip_bad": True, "init": "I", "out": "O", "method": "separate",
               "num_scales": 3, "pyramid": "haar", "stages": "batch", "precision": "bfloat16", "compile": True,
-              "solver": "heun", "rtol": 0.3, "atol": 0.2, "solver_steps": 9, "cfg_scale": 1.7, "num_samples": 11,
-              "sample_every": 12, "eval_every": 13, "logger": "wandb", "keep": 14, "keep_every": 15}
+              "shard": True, "solver": "heun", "rtol": 0.3, "atol": 0.2, "solver_steps": 9, "cfg_scale": 1.7,
+              "num_samples": 11, "sample_every": 12, "eval_every": 13, "logger": "wandb", "keep": 14, "keep_every": 15}
     assert values.keys() == {field.name for field in dataclasses.fields(Config)}
     free, pair = Config(out="O"), {"solver", "solver_steps"}                   # these two go together
     for name, value in values.items():

@@ -5,8 +5,10 @@ import os
 import pickle
 import signal
 import sys
+import threading
 import time
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -286,6 +288,122 @@ def test_a_save_that_is_killed_leaves_the_old_checkpoint_of_the_same_step(tmp_pa
     assert not list(tmp_path.glob("*.tmp"))
     checkpoint.save(tmp_path, state)                                            # and left alone it is replaced
     assert same(checkpoint.load_newest(tmp_path)["model"], state["model"])
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    """The file of step 5 is held back until step 9 has changed everything: it still holds step 5. Then step 10 waits
+    for it."""
+    whole, cfg = (tiny(tmp_path, name, steps=10, save_every=5) for name in ("whole", "run"))
+    train.train(whole, device="cpu")
+    write, update, events, go = checkpoint.save, train.update_ema, [], threading.Event()
+
+    def slow(run, state, *arguments):
+        events.append("begin")
+        assert go.wait(20), "training waits for the file"
+        time.sleep(0.2)
+        write(run, state, *arguments)
+        events.append("end")
+
+    def step(ema, model, decay, number):
+        update(ema, model, decay, number)
+        events.append(number)
+        if number == 8:
+            go.set()
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    monkeypatch.setattr(train, "update_ema", step)
+    train.train(cfg, device="cpu")
+    assert events.index("begin") < events.index("end") and events.index(8) < events.index("end")
+    assert events[-2:] == ["begin", "end"] and events.count("begin") == 2       # never two at a time
+    for number in (5, 10):
+        a, b = (checkpoint.read(checkpoint.path(Path(one.out), number)) for one in (whole, cfg))
+        assert same(a["model"], b["model"]) and same(a["ema"], b["ema"])
+        for moments_a, moments_b in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values(),
+                                        strict=True):
+            assert same(moments_a, moments_b)
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """No checkpoint can be written; set when the first was tried."""
+    tried = threading.Event()
+
+    def save(*_):
+        tried.set()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", save)
+    return tried
+
+
+def test_a_write_that_fails_ends_training_before_the_next(tmp_path, monkeypatch, full_disk):
+    """Hours may lie between two checkpoints."""
+    update, last = train.update_ema, []
+
+    def step(ema, model, decay, number):
+        update(ema, model, decay, number)
+        last.append(number)
+        if number > 5:
+            assert full_disk.wait(20)
+            time.sleep(0.01)
+
+    monkeypatch.setattr(train, "update_ema", step)
+    with pytest.raises(UserError, match="cannot write the checkpoint .*step-00000005.*No space left.*intact"):
+        train.train(tiny(tmp_path, steps=1000, save_every=5), device="cpu")
+    assert last[-1] < 500 and len(last) == last[-1] + 1
+    with pytest.raises(UserError, match="step-00000003.*No space left"):        # the end waits for the last one
+        train.train(tiny(tmp_path, "short", steps=3), device="cpu")
+
+
+def writer_of(tmp_path) -> tuple[checkpoint.Writer, dict]:
+    (tmp_path / "run").mkdir()
+    writer = checkpoint.Writer(tiny(tmp_path), Ranks(0, 1, torch.device("cpu")))
+    return writer, {"step": 7, "config": {}, "data": {}, "model": {"w": torch.ones(9)}, "ema": None, "optimizer": {}}
+
+
+def test_an_error_in_training_waits_for_the_checkpoint(tmp_path, monkeypatch):
+    writer, state = writer_of(tmp_path)
+    write = checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda *arguments: (time.sleep(0.2), write(*arguments)))
+    with pytest.raises(ZeroDivisionError), writer:
+        writer.save(state)
+        state["model"]["w"].zero_()
+        _ = 1 / 0
+    assert checkpoint.load_newest(tmp_path / "run")["model"]["w"].sum() == 9
+
+
+def test_an_error_in_training_does_not_hide_that_the_disk_is_full(tmp_path, full_disk, capsys):
+    writer, state = writer_of(tmp_path)
+    with pytest.raises(ZeroDivisionError), writer:
+        writer.save(state)
+        _ = 1 / 0
+    assert "warning: cannot write the checkpoint" in capsys.readouterr().err
+
+
+def test_without_memory_for_a_copy_training_waits_for_the_file(tmp_path, monkeypatch):
+    def no_memory(state):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    writer, state = writer_of(tmp_path)
+    monkeypatch.setattr(checkpoint, "copied", no_memory)
+    with writer:
+        writer.save(state)
+        assert checkpoint.steps(tmp_path / "run") and not list((tmp_path / "run").glob("*.tmp"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_copy_from_a_gpu_is_of_the_moment_of_the_save(tmp_path):
+    """Although it arrives later, in pinned memory, and the weights change at once."""
+    writer, state = writer_of(tmp_path)
+    writer.ranks, weight = Ranks(0, 1, torch.device("cuda")), torch.zeros(2**26, device="cuda")
+    with writer:
+        for step in range(1, 6):
+            weight.fill_(step)
+            writer.save({**state, "step": step, "model": {"w": weight}})
+            weight.zero_()
+    assert checkpoint.copied(weight).is_pinned()
+    assert [checkpoint.read(path)["model"]["w"].unique().tolist() for path in checkpoint.steps(tmp_path / "run")] == [
+        [5.0], [4.0]]
 
 
 def test_newest_run_is_the_one_saved_last(tmp_path):
