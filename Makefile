@@ -6,10 +6,8 @@ test:            ## the fast tests, on two cores; pytest -m '' runs the slow one
 lint:
 	ruff check .
 
-bench:           ## speed against others, FLOPs of everything; lines for results/bench.jsonl
-	python -m studies.bench count
+bench:           ## speed against others; lines for results/bench.jsonl
 	python -m studies.bench compare --record out/bench.jsonl
-	python -m studies.bench fid --record out/bench.jsonl
 
 gpu:             ## on a GPU, ten minutes: lines for results/gpu.jsonl
 	python -m studies.bench gpu --out out/gpu

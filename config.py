@@ -14,14 +14,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-DATASETS = ("digits", "fashion", "photos", "folder", "celebahq", "imagenet")
+DATASETS = ("digits", "fashion", "folder", "celebahq", "imagenet")
 METHODS = ("lapflow", "lfm", "pyramidal", "pyramidal-zero-overlap", "pixelflow", "edify", "edify-plain", "dfm",
            "separate")
 PRECISIONS = ("float32", "bfloat16")
 SOLVERS = ("dopri5", "euler", "midpoint", "heun", "rk2", "rk4")                  # rk2 is heun
 PYRAMIDS = ("haar",)                                        # those of pyramid.py
 CHOICES = {"dataset": DATASETS, "space": ("pixel", "latent"), "noise": ("pyramid", "independent"),
-           "stages": ("stratified", "batch"), "precision": PRECISIONS, "logger": ("", "tensorboard", "wandb"),
+           "stages": ("stratified", "batch"), "precision": PRECISIONS, "logger": ("", "tensorboard"),
            "method": METHODS, "pyramid": PYRAMIDS, "condition": ("labels", "vectors")}
 
 
@@ -53,13 +53,12 @@ class Config:
     """The settings of a run. Raises UserError when a value has the wrong type or is out of range."""
 
     # data
-    dataset: str = option("digits", "digits, photos (both bundled with scikit-learn), fashion, celebahq, imagenet, "
-                          "or folder")
+    dataset: str = option("digits", "digits (bundled with scikit-learn), fashion, celebahq, imagenet, or folder")
     data: str = option("", "the images: a folder, zip, parquet file, or hf:OWNER/NAME@REVISION", free=True)
     res: int = option(8, "height and width of the images, in pixels")
     condition: str = option("labels", "labels, or vectors: one for each image, from vectors.npy beside the images or "
                             "a column of a hub data set")
-    space: str = option("pixel", "train on pixels, or on the latents of --vae, encoded before by data.latents")
+    space: str = option("pixel", "train on pixel, or on latent: those of --vae, encoded before by data.latents")
     vae: str = option("", "AutoencoderKL of diffusers: a folder, or OWNER/NAME, OWNER/NAME@REVISION on the hub")
     latents: str = option("", "directory of the latent cache [latents/DATASET-RES-VAE/train]", free=True)
     flip: bool = option(True, "mirror half of the training images (not the digits)")
@@ -109,7 +108,7 @@ class Config:
     sample_every: int = option(0, "steps between grids of 16 samples (0: only at the end)", free=True)
     eval_every: int = option(0, "steps between scores of --num-samples images (0: only at the end)", free=True)
     log_every: int = option(20, "steps between lines of metrics.jsonl", free=True)
-    logger: str = option("", "also log to tensorboard or wandb", free=True)
+    logger: str = option("", "also log to tensorboard", free=True)
     save_every: int = option(250, "steps between checkpoints", free=True)
     keep: int = option(2, "checkpoints kept, newest first", free=True)
     keep_every: int = option(0, "checkpoints at multiples of this step stay for good (0: none)", free=True)
@@ -142,8 +141,8 @@ class Config:
         check_solver(self.solver, self.solver_steps, "--solver-steps")
         if self.space == "latent" and not self.vae:
             raise UserError("latents need the autoencoder they come from: add --vae, a folder or OWNER/NAME on the hub")
-        if self.space == "latent" and self.dataset in ("digits", "photos", "fashion"):
-            raise UserError(f"the dataset {self.dataset} is trained in pixels: leave out --latent")
+        if self.space == "latent" and self.dataset in ("digits", "fashion"):
+            raise UserError(f"the dataset {self.dataset} is trained in pixels: leave out --space")
         if self.stages == "stratified" and self.batch < self.num_scales:
             raise UserError(f"stratified stages need a batch of at least {self.num_scales} images, one for each stage, "
                             f"not {self.batch}")
@@ -229,12 +228,7 @@ def add_config_flags(to: argparse.ArgumentParser) -> None:
         kind, flag = type(field.default), "--" + field.name.replace("_", "-")
         default = ",".join(map(str, field.default)) if kind is tuple else field.default
         text = field.metadata["help"] + ("" if default == "" else f" [{default}]")
-        if field.name == "space":
-            to.add_argument("--pixel", dest="space", action="store_const", const="pixel", default=argparse.SUPPRESS,
-                            help="train on the pixels themselves")
-            to.add_argument("--latent", dest="space", action="store_const", const="latent", default=argparse.SUPPRESS,
-                            help="train on the latents of --vae, encoded before by data.latents")
-        elif kind is bool:
+        if kind is bool:
             to.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         else:
             read = numbers if kind is tuple else kind

@@ -37,9 +37,8 @@ from scores import reference as references
 from scores.classes import class_scores, class_variance
 from scores.classifier import load_classifier
 from scores.features import pixel_features
-from scores.reference import Reference, Statistics, check_enough, load_extractor
-from scores.table import average, table
-from scores.wasserstein import sliced_wasserstein
+from scores.reference import Statistics, check_enough, load_extractor
+from scores.table import table
 
 # ---------------------------------------------------------------------------------------------------------------------
 # distances between sets of features (N, D)
@@ -109,19 +108,6 @@ def kid(real: np.ndarray, fake: np.ndarray, subsets: int = 100, size: int = 1000
     return float(np.mean(values)), float(np.std(values))
 
 
-def inception_score(probabilities: np.ndarray, splits: int = 10, seed: int = 0) -> tuple[float, float]:
-    """exp of the mean KL divergence of class probabilities (N, classes) from their mean (Salimans et al. 2016): mean
-    and standard deviation over shuffled splits."""
-    p = np.asarray(probabilities, np.float64)
-    p = p[np.random.default_rng(seed).permutation(len(p))]
-    values = []
-    for part in np.array_split(p, min(splits, len(p))):
-        mean = part.mean(axis=0, keepdims=True)
-        ratio = np.where(part > 0, part / np.maximum(mean, 1e-300), 1.0)
-        values.append(math.exp((part * np.log(ratio)).sum(axis=1).mean()))
-    return float(np.mean(values)), float(np.std(values))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # scores of images uint8 (N, H, W, C) against those of a data set, or against a reference file
 
@@ -138,23 +124,21 @@ def score(real: np.ndarray, real_labels: np.ndarray, fake: np.ndarray, fake_labe
     originals = a if train is None else pixel_features(train)
     if usual := _nearest(a, originals, 2 if train is None else 1).median().item():  # 0: most have an exact double
         scores["novelty"] = _nearest(b, originals, 1).median().item() / usual
-    scores |= {f"swd_{side}": distance for side, distance in sliced_wasserstein(real, fake).items()}
     return scores if fake_labels is None else scores | class_scores(a, real_labels, b, fake_labels)
 
 
 def judge(extractor: Callable, real: np.ndarray, real_labels: np.ndarray, fake: np.ndarray,
           fake_labels: np.ndarray | None = None, force: bool = False) -> dict:
     """Scores in the features of a network, of as many images on both sides; fake_labels: (N,) or None."""
-    (a, _), (b, probabilities) = (features.apply(extractor, images) for images in (real, fake))
-    drawn = Statistics({"extractor": extractor.identity})
-    drawn.add(b)
-    scores = {**compare(drawn, Reference(*statistics(a), a, {"n": len(a)}), force), **drawn.how}
+    a, b = (features.apply(extractor, images) for images in (real, fake))
+    how = {"extractor": extractor.identity, "n": len(a)}
+    scores = {**how, **compare(*(Statistics(*statistics(x), x, how) for x in (b, a)), force)}
     if fake_labels is None:
         return scores
     pixels = class_variance(pixel_features(real), real_labels, pixel_features(fake), fake_labels)
     scores |= class_variance(a, real_labels, b, fake_labels) | {f"{name}_pixel": x for name, x in pixels.items()}
     if extractor.name == "classifier":
-        scores["label_agreement"] = float((probabilities.argmax(axis=1) == fake_labels).mean())
+        scores["label_agreement"] = float((extractor.classify(b) == fake_labels).mean())
     return scores
 
 
@@ -189,33 +173,25 @@ def evaluate(dataset: batches.Dataset, images: np.ndarray, y: np.ndarray | None,
 
 
 MANIFOLD = 10_000                                           # images of each side for precision and recall, at most
-EQUAL = ("efficientnet", "classifier")                      # compared with equal n; published FIDs are not
 
 
-def compare(drawn: Statistics, reference: Reference, force: bool = False) -> dict:
-    """Scores of the statistics of generated images against a reference; of EQUAL extractors, the larger side is cut to
-    a fixed random choice. Raises UserError for fewer images than features, unless forced."""
-    n, n_reference, extractor = drawn.count, reference.how.get("n"), drawn.how["extractor"].split()[0]
+def compare(drawn: Statistics, reference: Statistics, force: bool = False) -> dict:
+    """Scores of the statistics of generated images against a reference. Raises UserError for fewer images than
+    features, unless forced."""
+    n = drawn.how["n"]
     if drawn.mean.shape != reference.mean.shape:
         raise UserError(f"the reference has {len(reference.mean)} features, but the extractor gives {len(drawn.mean)}")
-    sides, real = (drawn.mean, drawn.cov, reference.mean, reference.cov), reference.features
-    if real is not None:                                    # mean and covariance alone are enough for the distance
-        real, fake = (side[np.random.default_rng(1).permutation(len(side))]         # folders are sorted by class
-                      for side in (real, drawn.all_features()))
-        if extractor in EQUAL:
-            n = n_reference = min(len(real), len(fake))
-            real, fake = real[:n].astype(np.float64), fake[:n].astype(np.float64)
-            sides = *statistics(fake), *statistics(real)
     check_enough(n, len(reference.mean), force)
-    name = {"inception": "fid", "dinov2": "fdd"}.get(extractor, "frechet")
-    title = f"{name.upper()}-{f'{n // 1000}k' if n % 1000 == 0 else n}"
-    scores = {"n": n, "n_reference": n_reference, "name": title, name: frechet_distance(*sides)}
-    if real is not None:
+    name = "fid" if drawn.how["extractor"].startswith("inception") else "frechet"
+    scores = {"n": n, "n_reference": reference.how.get("n"),
+              "name": f"{name.upper()}-{f'{n // 1000}k' if n % 1000 == 0 else n}",
+              name: frechet_distance(drawn.mean, drawn.cov, reference.mean, reference.cov)}
+    if reference.features is not None:                      # mean and covariance alone are enough for the distance
+        real, fake = (side[np.random.default_rng(1).permutation(len(side))]         # folders are sorted by class
+                      for side in (reference.features, drawn.features))
         some = {"real": real[:MANIFOLD], "fake": fake[:MANIFOLD]}
         scores |= {"precision": precision(**some), "recall": recall(**some), "n_recall": min(MANIFOLD, n)}
         scores["kid"], scores["kid_std"] = kid(real, fake, size=min(1000, len(real), len(fake)))
-    if drawn.probabilities:
-        scores["inception_score"], scores["inception_score_std"] = inception_score(drawn.all_probabilities())
     return scores
 
 
@@ -224,8 +200,7 @@ def compare(drawn: Statistics, reference: Reference, force: bool = False) -> dic
 
 
 class Samples:
-    """What the command line scores: files, or the images of a run, a set for each seed. Without --ref, files belong to
-    the newest run."""
+    """What the command line scores: files, or the images of a run. Without --ref, files belong to the newest run."""
 
     def __init__(self, args: argparse.Namespace, ranks: Ranks):
         path, self.args, self.ranks, self.run, self.report = Path(args.what or ""), args, ranks, None, {}
@@ -245,7 +220,7 @@ class Samples:
             load.compile_blocks(self.run.model)
         self.settings = graphs.speed_up(self.run, self.settings, args.graphs)
 
-    def draw(self, seed: int) -> Iterator[tuple]:
+    def draw(self) -> Iterator[tuple]:
         """(number of the first, images, y) of each batch of this process; y is -1 without conditions. After the last,
         self.report holds how they were made, in the first process."""
         part, notes = slice(self.ranks.rank, None, self.ranks.world), []
@@ -255,15 +230,15 @@ class Samples:
             return
         arrays, chunks = gallery.arrays_of(self.y, self.num), sample.chunks_of(self.num, self.args.batch)[part]
         y = arrays.get("vectors", arrays["labels"])
-        for numbers, images, note in sample.draw_batches(self.run, chunks, self.y, seed, **self.settings):
+        for numbers, images, note in sample.draw_batches(self.run, chunks, self.y, self.args.seed, **self.settings):
             notes.append(note)
             yield numbers.start, images, y[numbers.start : numbers.stop]
         if notes := sum(self.ranks.gather(notes), []):
-            self.report = gallery.report_of(self.run, notes, seed, self.args.batch, self.settings)
+            self.report = gallery.report_of(self.run, notes, self.args.seed, self.args.batch, self.settings)
 
 
-def against_data(args: argparse.Namespace, samples: Samples, ranks: Ranks) -> Callable:
-    """The function that scores a set, as Samples.draw gives it, against the run's own data."""
+def against_data(args: argparse.Namespace, samples: Samples, ranks: Ranks) -> dict:
+    """Scores of the samples against the run's own data."""
     if ranks.world > 1:
         raise UserError("several processes score against a reference: add --ref, or start one with python")
     run, name, extractor = samples.run, args.features or "pixels", None
@@ -277,35 +252,27 @@ def against_data(args: argparse.Namespace, samples: Samples, ranks: Ranks) -> Ca
     if name != "pixels":
         extractor = (load_classifier(dataset, run.decode, run.device) if name == "classifier"
                      else load_extractor(args, name, ranks))
-
-    def score_set(drawn):
-        drawn = tqdm(drawn, desc="sampling", unit="batch", total=math.ceil(samples.num / args.batch), leave=False)
-        _, images, y = zip(*drawn, strict=True)
-        images, y = np.concatenate(images), np.concatenate(y)
-        known = y.ndim > 1 or run.classes and y.min() >= 0
-        return evaluate(dataset, images, y if known else None, run.decode, extractor, args.force)
-
-    return score_set
+    drawn = tqdm(samples.draw(), desc="sampling", unit="batch", total=math.ceil(samples.num / args.batch), leave=False)
+    _, images, y = zip(*drawn, strict=True)
+    images, y = np.concatenate(images), np.concatenate(y)
+    known = y.ndim > 1 or run.classes and y.min() >= 0
+    return evaluate(dataset, images, y if known else None, run.decode, extractor, args.force)
 
 
-def against_reference(args: argparse.Namespace, samples: Samples, ranks: Ranks) -> Callable:
-    """The same against --ref; None in all processes but the first."""
+def against_reference(args: argparse.Namespace, samples: Samples, ranks: Ranks) -> dict:
+    """The same against --ref; {} in all processes but the first."""
     real = references.load_reference(args.ref)
     name = real.how.get("extractor", "").split(" ")[0]
     if args.features and name and args.features != name:
         raise UserError(f"{args.ref} was made with {name}: it cannot be compared with {args.features}")
     extractor = load_extractor(args, name if name in features.EXTRACTORS else args.features or "inception", ranks)
-    how = {"extractor": extractor.identity, "codec": args.codec, "res": samples.shape[0]}
+    how = {"extractor": extractor.identity, "res": samples.shape[0]}
     references.check_comparable(real, how, args.ref)
     check_enough(samples.num, len(real.mean), args.force)   # before any is drawn
-
-    def score_set(drawn):
-        images = ((first, images) for first, images, _ in drawn)
-        joined = references.statistics_of(images, extractor, how, samples.num, ranks)
-        source = {"reference": {"file": Path(args.ref).name, **real.how}}
-        return {**compare(joined, real, args.force), **how, **source} if ranks.first else None
-
-    return score_set
+    images = ((first, images) for first, images, _ in samples.draw())
+    joined = references.statistics_of(images, extractor, how, samples.num, ranks)
+    source = {"reference": {"file": Path(args.ref).name, **real.how}}
+    return {**compare(joined, real, args.force), **how, **source} if ranks.first else {}
 
 
 def main() -> None:
@@ -316,29 +283,22 @@ def main() -> None:
     parser.add_argument("--ref", metavar="FILE", help="compare with this file, of scores.reference, ADM or pytorch-fid")
     parser.add_argument("--features", help=f"{', '.join(features.EXTRACTORS)} [pixels; with --ref: its own]")
     references.add_extractor_flags(parser)
-    parser.add_argument("--repeat", type=int, default=1, help="draw so many sets, of seeds SEED, SEED+1, ... [1]")
     parser.add_argument("--data", default="", help="the images that an export was trained on")
     parser.add_argument("--record", metavar="FILE", help="append the result and how it was made to a .jsonl file")
     args = parser.parse_args()
     config.check_sampling_flags(args, least=5)
     check_record(args.record)
-    if args.repeat < 1:
-        raise UserError("--repeat must be at least 1")
     with Ranks.start(args.device) as ranks:
         samples = Samples(args, ranks)
-        score_set, rows, reports = (against_reference if args.ref else against_data)(args, samples, ranks), [], []
-        for seed in range(args.seed, args.seed + (1 if samples.files else args.repeat)):
-            rows.append(score_set(samples.draw(seed)))
-            reports.append(samples.report)
+        scores = (against_reference if args.ref else against_data)(args, samples, ranks)
         if not ranks.first:
             return
-        scores = average(rows)
         if samples.files:
             print(f"samples    {args.what}")
-        if "nfe_segments" in reports[0]:
-            print(gallery.describe(reports[0]))
+        if "nfe_segments" in samples.report:
+            print(gallery.describe(samples.report))
         print(table(scores))
-        result = {**reports[0], **scores} if len(rows) == 1 and not args.ref else {"sets": reports, **scores}
+        result = {**samples.report, **scores}
         if not args.ref:
             name = "" if args.features in (None, "pixels") else f"-{args.features}"
             (samples.folder / f"scores{name}.json").write_text(json.dumps(result, indent=2))

@@ -8,7 +8,7 @@ they meet the other bands in one softmax attention per block, where BAND i READS
 finer ones, so any prefix of bands is a valid input and gives the same velocities as the full pyramid.
 The mask is never built: the keys band i may read are a prefix of all keys, so one fused call per band does it.
 
-`python -m studies.plan` prints parameters, tokens and FLOPs of every size.
+`python train.py --size L/2 --dry-run` prints parameters, tokens and FLOPs.
 """
 
 from collections.abc import Callable

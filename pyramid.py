@@ -12,8 +12,6 @@ D is 2x2 average pooling and U is nearest-neighbour doubling. Two facts carry th
   0.5 and 0.866 for K = 2, and 0.25, 0.433 and 0.866 for K = 3.
 
 The paper counts scales from the finest (k = 0); this code counts bands from the coarsest: i = K-1-k.
-
-    python -m extras.split [IMAGE]     draws the bands of an image and the exact reconstruction
 """
 
 import torch

@@ -173,8 +173,8 @@ def main() -> None:
     config.add_sampling_flags(parser)
     parser.add_argument("-n", "--num", type=int, default=40, help="number of images [40]")
     parser.add_argument("--out", help="directory to write [RUN/samples]")
-    parser.add_argument("--format", choices=("npz", "shards", "png"), default="npz",
-                        help="samples.npz; a shard for each batch; or a folder of PNG [npz]")
+    parser.add_argument("--format", choices=("npz", "shards"), default="npz",
+                        help="samples.npz, or a shard for each batch [npz]")
     parser.add_argument("--export", metavar="DIR", help="write what is to be shared: safetensors and a model card")
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload the export to the hub, after a question")
     parser.add_argument("--yes", action="store_true", help="answer that question")

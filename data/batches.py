@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -204,30 +203,6 @@ class Images(Dataset):
         return torch.from_numpy(raw), self.y(index)
 
 
-class Photos(Dataset):
-    """Random mirrored crops of a few large photographs uint8 (C, H, W); the class is the photograph."""
-
-    def __init__(self, photos: list[np.ndarray], side: int, classes: list[str], flip: bool = True):
-        self.photos, self.side, self.classes, self.flip, self.channels = photos, side, classes, flip, 3
-
-    def __len__(self) -> int:
-        return 4096                                         # crops in an epoch
-
-    def read(self, index: np.ndarray, u: np.ndarray) -> tuple[Tensor, Tensor]:
-        """u also decides the place of the crop."""
-        r, labels, crops = self.side, np.asarray(index) % len(self.photos), []
-        for label, (flip, row, column) in zip(labels, u, strict=True):
-            photo = self.photos[label]
-            top, left = int(row * (photo.shape[1] - r + 1)), int(column * (photo.shape[2] - r + 1))
-            crop = photo[:, top : top + r, left : left + r]
-            crops.append(crop[:, :, ::-1] if self.flip and flip < 0.5 else crop)
-        return torch.from_numpy(np.stack(crops)), torch.from_numpy(labels)
-
-    def reference(self, count: int, seed: int = 0) -> tuple[Tensor, np.ndarray]:
-        raw, y = self.read(np.arange(count), philox(seed, 0).random((count, 3)))
-        return self.x1(raw), y.numpy()
-
-
 class Latents(Dataset):
     """A cache that data.latents wrote: `moments` float16 (N, 2, 2C, h, w) holds for each image and for its mirror image
     the mean and the standard deviation of the autoencoder's posterior. Every visit draws a fresh sample of it."""
@@ -273,19 +248,6 @@ def digits() -> Images:
     bunch = load_digits()
     pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[:, None]           # (1797, 1, 8, 8), 17 grey levels
     return Images(pixels, bunch.target.astype(np.int64), [str(d) for d in range(10)], flip=False)
-
-
-def photos(resolution: int, flip: bool) -> Photos:
-    """Crops of scikit-learn's two photographs (427 x 640), shrunk so that a crop spans at least a third of them."""
-    from sklearn.datasets import load_sample_images
-
-    if resolution > 427:
-        raise UserError(f"the bundled photographs are 427 pixels high: --res {resolution} is too large for them")
-    bunch, arrays = load_sample_images(), []
-    for image in map(Image.fromarray, bunch.images):
-        size = [round(side * min(1, 3 * resolution / 427)) for side in image.size]
-        arrays.append(np.asarray(image.resize(size, Image.Resampling.BOX)).transpose(2, 0, 1))
-    return Photos(arrays, resolution, [Path(name).stem for name in bunch.filenames], flip)
 
 
 def fashion(where: str, split: str = "train") -> Images:
@@ -368,7 +330,6 @@ def facts(dataset: Dataset) -> dict:
 
 LOADERS = {
     "digits": lambda cfg: digits(),
-    "photos": lambda cfg: photos(cfg.res, cfg.flip),
     "fashion": lambda cfg: fashion(cfg.data),
     "folder": image_files, "celebahq": image_files, "imagenet": image_files,
 }
@@ -377,9 +338,9 @@ SIDES = {"digits": 8, "fashion": 32}                        # of the images of a
 
 def load(cfg: Config) -> Dataset:
     """The data set of a configuration. Raises UserError when it is missing or does not fit."""
-    if cfg.data and cfg.dataset in ("digits", "photos"):
-        raise UserError(f"--data {cfg.data} is not used by the dataset {cfg.dataset}: add --dataset folder")
-    if cfg.condition == "vectors" and cfg.dataset in ("digits", "photos", "fashion"):
+    if cfg.data and cfg.dataset == "digits":
+        raise UserError(f"--data {cfg.data} is not used by the dataset digits: add --dataset folder")
+    if cfg.condition == "vectors" and cfg.dataset in ("digits", "fashion"):
         raise UserError(f"the dataset {cfg.dataset} has labels and no vectors: leave out --condition vectors")
     if cfg.res != (side := SIDES.get(cfg.dataset, cfg.res)):
         raise UserError(f"the images of {cfg.dataset} are {side} x {side}: leave --res at {side}, not {cfg.res}")

@@ -73,57 +73,43 @@ def condition_of(facts: dict, examples: Tensor | None = None) -> Callable[[int],
     return (lambda hidden_size: Labels(facts["classes"], hidden_size)) if facts["classes"] else None
 
 
-def choose(condition: nn.Module | None, num: int, labels: str = "balanced",
-           vectors: str | None = None) -> Tensor | None:
-    """The conditions y (num, ...) of --labels and --vectors, None for an unconditional run.
+def choose(condition: nn.Module | None, num: int | None, labels: list | str | int | None = None,
+           vectors: np.ndarray | Tensor | str | None = None) -> Tensor | None:
+    """The conditions y (N, ...) asked for, None for an unconditional run; N is num, else their number or 40.
 
-    labels: "balanced" (what the run has, in turn), a label or a class name. vectors: a .npy file (n, dim), in turn.
+    labels: names or numbers of classes, or one of them; vectors: (n, dim), or a .npy file of them. Both are taken in
+    turn. Neither, or "balanced": what the run has, in turn. Raises UserError for what it does not have.
     """
-    trained = "without classes" if condition is None else f"on {type(condition).__name__.lower()}"
-    if labels != "balanced" and not isinstance(condition, Labels):
-        raise UserError(f"--labels {labels} asks for a class, but this run was trained {trained}")
-    if vectors is not None and not isinstance(condition, Vectors):
-        raise UserError(f"--vectors {vectors} asks for vectors, but this run was trained {trained}")
-    if labels != "balanced":
-        return torch.full((num,), find_label(condition.classes, labels))
-    if vectors is None:
-        return None if condition is None else condition.draw(num)
-    try:
-        rows = torch.from_numpy(np.load(vectors, allow_pickle=False)).float()
-    except Exception as problem:                            # numpy raises many kinds for a damaged file
-        raise UserError(f"cannot read the vectors in {vectors}: {first_line(problem)}") from None
-    check_vectors(condition, rows, f"the vectors in {vectors}")
-    return rows[torch.arange(num) % len(rows)]
-
-
-def check_vectors(condition: Vectors, rows: Tensor, name: str) -> None:
-    dim = condition.examples.shape[1]
-    if rows.ndim != 2 or rows.shape[1] != dim or not len(rows) or not rows.isfinite().all():
-        raise UserError(f"{name} must be finite, of shape (n, {dim}); theirs is {tuple(rows.shape)}")
-
-
-def listed(condition: nn.Module | None, num: int | None, labels: list | str | int | None = None,
-           vectors: np.ndarray | Tensor | None = None) -> Tensor | None:
-    """The conditions y (N, ...) that a script lists, None for an unconditional run; N is num, else their number or 40.
-
-    labels: names or numbers of classes, or one of them; vectors (n, dim); both in turn. Neither: what the run has."""
     if num is not None and num < 1:
         raise UserError(f"the number of images must be at least 1, not {num}")
-    trained = "without classes" if condition is None else f"on {type(condition).__name__.lower()}"
+    labels = None if isinstance(labels, str) and labels == "balanced" else labels
     for given, kind, name in ((labels, Labels, "labels"), (vectors, Vectors, "vectors")):
         if given is not None and not isinstance(condition, kind):
-            raise UserError(f"this run was trained {trained}: leave out {name}=")
+            trained = "without classes" if condition is None else f"on {type(condition).__name__.lower()}"
+            raise UserError(f"this run was trained {trained}: leave out the {name}")
     if labels is not None:
         labels = [labels] if isinstance(labels, (str, int)) else labels
         rows = torch.tensor([find_label(condition.classes, label) for label in labels], dtype=torch.long)
         if not len(rows):
-            raise UserError("labels= is empty: list one class at least, or leave it out")
+            raise UserError("the list of labels is empty: name one class at least, or leave it out")
     elif vectors is not None:
-        rows = torch.as_tensor(vectors, dtype=torch.float32).cpu()
-        check_vectors(condition, rows, "vectors=")
+        rows = read_vectors(condition.examples.shape[1], vectors)
     else:
         return None if condition is None else condition.draw(num or 40).cpu()
     return rows[torch.arange(num or len(rows)) % len(rows)]
+
+
+def read_vectors(dim: int, vectors: np.ndarray | Tensor | str) -> Tensor:
+    """Vectors (n, dim) or a .npy file of them, as float32. Raises UserError."""
+    name = f"the vectors in {vectors}" if isinstance(vectors, str) else "vectors"
+    try:
+        array = np.load(vectors, allow_pickle=False) if isinstance(vectors, str) else vectors
+        rows = torch.as_tensor(array, dtype=torch.float32).cpu()
+    except Exception as problem:                            # numpy raises many kinds for a damaged file
+        raise UserError(f"{name} cannot be read: {first_line(problem)}") from None
+    if rows.ndim != 2 or rows.shape[1] != dim or not len(rows) or not rows.isfinite().all():
+        raise UserError(f"{name} must be finite, of shape (n, {dim}), not {tuple(rows.shape)}")
+    return rows
 
 
 def find_label(classes: list[str], text: str | int) -> int:

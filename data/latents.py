@@ -199,17 +199,14 @@ class Cache:
     def encode(self, numbers: range, images: list[tuple[np.ndarray, str]]) -> tuple[np.ndarray, dict]:
         """Moments (B, 2, 2C, h, w) float16 of images and of their mirror images, and a note about them."""
         pixels = np.stack([image for image, _ in images])                           # (B, 3, R, R)
-        bad = {i: problem for i, (_, problem) in zip(numbers, images, strict=True) if problem}
         x = torch.from_numpy(pixels).to(self.ranks.device).float() / 127.5 - 1
         moments = torch.stack([self.vae.moments(x), self.vae.moments(x.flip(-1))], dim=1).cpu().half()
         finite = moments.isfinite().flatten(1).all(dim=1)
         if not finite.all():
             name = self.source.names[numbers[int((~finite).nonzero()[0])]]
             raise UserError(f"the VAE gives values that are not finite for {name!r}: try --precision float32")
-        mean, std = moments.double()[[i not in bad for i in numbers]].chunk(2, dim=2)
-        return moments.numpy(), {"bad": bad, "pixels": hashlib.sha256(pixels.tobytes()).hexdigest(),
-                                 "sum": mean.sum(dim=(0, 1, 3, 4)).tolist(),
-                                 "square": (mean.square() + std.square()).sum(dim=(0, 1, 3, 4)).tolist()}
+        bad = {i: problem for i, (_, problem) in zip(numbers, images, strict=True) if problem}
+        return moments.numpy(), {"bad": bad}
 
     def write(self, chunk: int, moments: np.ndarray, note: dict) -> None:
         with open(self.folder / "moments.f16", "r+b") as file:
@@ -220,9 +217,8 @@ class Cache:
         checkpoint.append_line(self.folder / f"progress-{self.ranks.rank}.jsonl", {"chunk": chunk, **note})
 
     def complete(self) -> None:
-        """By the first process, when all chunks are written: labels, names, statistics, the final header."""
-        notes = [note for _, note in sorted(self.notes().items())]
-        bad = {int(i): problem for note in notes for i, problem in note["bad"].items()}
+        """By the first process, when all chunks are written: labels, names, the final header."""
+        bad = {int(i): problem for note in self.notes().values() for i, problem in note["bad"].items()}
         labels = np.array(self.source.labels, np.int64)
         if len(bad) == len(labels):
             raise UserError(f"none of the {len(bad)} images of {self.source.where} can be read: {bad[0]}")
@@ -230,14 +226,8 @@ class Cache:
         self.save("labels", labels)
         names = "\n".join(self.source.names) + "\n"
         (self.folder / "names.txt").write_bytes(names.encode(errors="surrogateescape"))
-        count = 2 * self.header["side"] ** 2 * (len(labels) - len(bad))
-        mean = np.sum([note["sum"] for note in notes], axis=0) / count
-        std = np.sqrt(np.sum([note["square"] for note in notes], axis=0) / count - mean**2)
-        shift, scale = (np.array(self.header["vae"][key]) for key in ("shift", "scale"))
-        self.write_header({
-            **self.header, "complete": True, "left_out": [f"{i}: {problem}" for i, problem in sorted(bad.items())],
-            "latent_mean": ((mean - shift) * scale).tolist(), "latent_std": (std * scale).tolist(),
-            "pixels_sha256": hashlib.sha256("".join(n["pixels"] for n in notes).encode()).hexdigest()})
+        left_out = [f"{i}: {problem}" for i, problem in sorted(bad.items())]
+        self.write_header({**self.header, "complete": True, "left_out": left_out})
         self.forget_notes()
 
 

@@ -29,8 +29,10 @@ from data import batches
 from data.conditions import choose
 from docs import hero, steps
 from pyramid import down
-from run import checkpoint, load, pictures
-from studies import compare, mask_cost, solvers
+from run import load, pictures
+from studies import compare
+from studies.output import plot
+from studies.tables import lines
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -55,10 +57,6 @@ def digits_run(name: str | None) -> load.Run:
         raise UserError(f"these pictures show the digits in two bands under the causal mask: {folder} is a run of "
                         f"{cfg.dataset}, method {cfg.method}, {cfg.num_scales} bands, mask {cfg.mask}")
     return run
-
-
-def lines(name: str) -> list[dict]:
-    return checkpoint.read_lines([ROOT / "results" / f"{name}.jsonl"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -120,11 +118,33 @@ def draw_flops(path: Path) -> None:
     compare.draw_curves(path, compare.gathered(lines("compare"), compare.SYSTEMS)[0], lines("compare"))
 
 
+def draw_mask_cost(path: Path) -> None:
+    """The errors of the covariance against the start time of the fine band."""
+    rows = lines("mask_cost")
+    names = list(dict.fromkeys(row["data"] for row in rows))
+    curves = [([float(t) for t in row["errors"]], [100 * error for error in row["errors"].values()],
+               dict(label=f"{row['data']}, {'causal mask' if row['causal'] else 'no mask'}", marker=".",
+                    color=f"C{names.index(row['data'])}", linestyle="-" if row["causal"] else ":")) for row in rows]
+    plot(path, curves, (7, 4), xlabel="start time T of the fine band", ylabel="error of the covariance, %",
+         ylim=(0, None))
+
+
+def draw_study(path: Path) -> None:
+    """Distance against seconds, one line for each kind of solver and precision."""
+    rows, curves = lines("study"), []
+    names = list(dict.fromkeys(row["solver"] for row in rows))
+    for solver, precision in dict.fromkeys((row["solver"], row["precision"]) for row in rows):
+        line = [row for row in rows if (row["solver"], row["precision"]) == (solver, precision)]
+        style = dict(label=f"{solver}, {precision}", marker="o", color=f"C{names.index(solver)}",
+                     linestyle="-" if precision == "float32" else ":")
+        curves.append(([row["seconds_per_image"] for row in line], [row["distance"] for row in line], style))
+    plot(path, curves, xscale="log", yscale="log", xlabel="seconds per image", ylabel=rows[0]["distance_name"])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 PLAIN = {"step1-pyramid": steps.step1, "step2-schedule": steps.step2, "step3-mask": steps.step3,
-         "mask_cost": lambda path: mask_cost.draw(path, lines("mask_cost")),
-         "study": lambda path: solvers.draw(path, lines("study")), "systems-flops": draw_flops}
+         "mask_cost": draw_mask_cost, "study": draw_study, "systems-flops": draw_flops}
 OF_A_RUN = {"hero": hero.hero, "generation": hero.generation, "step4-training": steps.step4,
             "step5-sampling": steps.step5, "trajectory": draw_trajectory, "samples": draw_samples, "loss": draw_loss,
             "previews": lambda path, run: causal(path, run, "preview", "--num", 30),

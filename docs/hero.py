@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from sklearn.datasets import load_sample_images
 
 import sample
 from data import batches
@@ -21,8 +22,14 @@ GAIN = 2                                                    # fine bands are sma
 
 
 def crops(side: int, count: int = 2, seed: int = 1) -> torch.Tensor:
-    """Crops of the two photographs, as training sees them (count, 3, side, side)."""
-    return batches.photos(side, flip=False).reference(10, seed)[0][-count:]
+    """Crops of scikit-learn's two photographs in turn, in [-1, 1] (count, 3, side, side)."""
+    images, places = [], batches.philox(seed, 0).random((10, 3))[-count:]
+    for image, (_, row, column) in zip(load_sample_images().images, places, strict=True):
+        size = [round(length * min(1, 3 * side / 427)) for length in image.shape[1::-1]]
+        small = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX)).transpose(2, 0, 1)
+        top, left = (int(u * (length - side + 1)) for u, length in zip((row, column), small.shape[1:], strict=True))
+        images.append(small[:, top : top + side, left : left + side])
+    return torch.from_numpy(np.stack(images)).float() / 127.5 - 1
 
 
 def digits(run: Run, count: int, seed: int = 0) -> list[torch.Tensor]:

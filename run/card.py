@@ -29,8 +29,6 @@ LICENCES = {
                "by E. Alpaydin and C. Kaynak ([UCI](https://archive.ics.uci.edu/dataset/80), CC BY 4.0): name them "
                "when you share."),
     "fashion": ("mit", "", "[Fashion-MNIST](https://github.com/zalandoresearch/fashion-mnist) (Zalando SE) is MIT."),
-    "photos": ("cc-by-2.0", "", "The two photographs of scikit-learn are CC BY 2.0, by the Flickr users danielbuechele "
-               "(china) and vultilion (flower): name them when you share."),
     "celebahq": ("other", "celeba-non-commercial-research", "CelebA-HQ is for non-commercial research only, and models "
                  "trained on it may inherit that limit. Its faces are those of real people."),
     "imagenet": ("other", "imagenet-non-commercial-research", "ImageNet is for non-commercial research and education "

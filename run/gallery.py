@@ -2,7 +2,6 @@
 
     OUT/samples.npz           --format npz     `images` uint8 (N, H, W, C), `labels` (N,), -1 without, or `vectors`
     OUT/shard-00000250.npz    --format shards  the same for one batch, named by its first image
-    OUT/png/00000250.png      --format png     one file for each image
     OUT/grid.png, report.json                  the first hundred; what they cost and how they were made
 
 A batch is written, then noted in a file of its process; a stop costs the batches in flight. The condition y is a
@@ -13,13 +12,13 @@ import argparse
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from config import UserError
@@ -40,43 +39,32 @@ class Gallery:
     def prepare(self, chunks: list[range]) -> list[range]:
         """Makes the directory; returns the chunks that are missing."""
         self.ranks.first_does(self.begin)
-        done = {note["first"] for note in self.notes() if self.written(note)} if self.ranks.first else None
+        done = {note["first"] for note in self.notes() if self.file(note).exists()} if self.ranks.first else None
         done = self.ranks.share(done)
         return [chunk for chunk in chunks if chunk.start not in done]
 
     def begin(self) -> None:
         job = json.loads(json.dumps(self.job))              # JSON has lists for tuples
         with explain(f"the directory {self.out} cannot be written", "; choose another with --out", OSError):
-            (self.out / "png" if self.format == "png" else self.out).mkdir(parents=True, exist_ok=True)
+            self.out.mkdir(parents=True, exist_ok=True)
             before = checkpoint.read_json(self.out / "job.json", "job of sample.py")
             if before == job:
                 return
-            old = [*self.out.glob("shard-*.npz"), *self.out.glob("notes-*.jsonl"), *self.out.glob("png/*")]
+            old = [*self.out.glob("shard-*.npz"), *self.out.glob("notes-*.jsonl")]
             if old and (before or {}).get("format") != "npz":
                 raise UserError(f"{self.out} holds other samples: choose another directory with --out, or delete it")
             for part in old:                                # of a single file that was not finished
                 part.unlink()
             (self.out / "job.json").write_text(json.dumps(job))
 
-    def files(self, note: dict) -> Iterator[Path]:
-        """Those of a batch."""
-        first, count = note["first"], note["count"]
-        if self.format == "png":
-            yield from (self.out / "png" / f"{i:08d}.png" for i in range(first, first + count))
-        else:
-            yield self.out / f"shard-{first:08d}.npz"
-
-    def written(self, note: dict) -> bool:
-        return all(file.exists() for file in self.files(note))
+    def file(self, note: dict) -> Path:
+        """That of a batch."""
+        return self.out / f"shard-{note['first']:08d}.npz"
 
     def write(self, numbers: range, images: np.ndarray, y: torch.Tensor | None, note: dict) -> None:
         """One batch: images uint8 (B, H, W, C), and their conditions (B, ...)."""
         with explain(f"samples cannot be written to {self.out}", "; the same command goes on from there", OSError):
-            if self.format == "png":
-                for file, image in zip(self.files(note), images, strict=True):
-                    Image.fromarray(image.squeeze()).save(file)
-            else:
-                save_npz(next(self.files(note)), images, y)
+            save_npz(self.file(note), images, y)
             checkpoint.append_line(self.out / f"notes-{self.ranks.rank}.jsonl", note)
 
     def fill(self, run: Run, chunks: list[range], draw: Callable, y: torch.Tensor | None, settings: dict) -> None:
@@ -107,20 +95,19 @@ class Gallery:
     def finish(self, report: dict, y: torch.Tensor | None, condition: torch.nn.Module | None) -> str:
         """Writes the grid, the report, and of npz the single file. Returns their names. y (N, ...): of all images."""
         notes = self.notes()
-        if sum(note["count"] for note in notes) != self.job["num"] or not all(map(self.written, notes)):
+        shards = [self.file(note) for note in notes]
+        if sum(note["count"] for note in notes) != self.job["num"] or not all(file.exists() for file in shards):
             raise UserError(f"samples are missing in {self.out}: the same command draws them")
-        images = chain.from_iterable(read()[0] for _, read in list_parts(self.out, self.format, 100)[1])
+        images = chain.from_iterable(read_npz(shard)[0] for shard in shards)
         pictures.draw_grid(self.out / "grid.png", np.stack(list(islice(images, 100))), None if y is None else y[:100],
                            condition)
         (self.out / "report.json").write_text(json.dumps(report, indent=2))
         if self.format == "npz":
-            shards = [file for note in notes for file in self.files(note)]
             images, y = (np.concatenate(column) for column in zip(*map(read_npz, shards), strict=True))
             save_npz(self.out / "samples.npz", images, y, np.savez_compressed)
             for file in [*self.out.glob("notes-*.jsonl"), *shards, self.out / "job.json"]:      # in this order
                 file.unlink()
-        files = {"npz": "samples.npz", "shards": f"{len(notes)} shards", "png": f"png/ ({report['num']} files)"}
-        return f"{self.out}/grid.png, {files[self.format]}, report.json"
+        return f"{self.out}/grid.png, {'samples.npz' if self.format == 'npz' else f'{len(shards)} shards'}, report.json"
 
 
 def job_of(run: Run, args: argparse.Namespace, settings: dict) -> dict:
@@ -173,26 +160,17 @@ def open_samples(where: Path, batch: int = 250) -> tuple[int, list]:
 
     where: a samples.npz, a directory that sample.py wrote, complete, or any folder of images."""
     job = (checkpoint.read_json(where / "job.json", "job of sample.py") if where.is_dir() else None) or {}
-    format = job.get("format")
-    if format:
-        noted = sum(note["count"] for note in Gallery(where, {}, format, None).notes())
-        if format == "npz" or noted != job.get("num"):
+    if job.get("format"):
+        samples = Gallery(where, {}, "shards", None)
+        notes = samples.notes()
+        if job["format"] != "shards" or sum(note["count"] for note in notes) != job.get("num"):
             raise UserError(f"the samples in {where} are not complete: the command that draws them goes on")
-    return list_parts(where, format, batch)
-
-
-def list_parts(where: Path, format: str | None, batch: int) -> tuple[int, list]:
-    """The same for what is already on disk; format: that of job.json."""
-    if where.suffix == ".npz" or (format is None and (where / "samples.npz").exists()):
+        return job["num"], [(note["first"], partial(read_npz, samples.file(note))) for note in notes]
+    if where.suffix == ".npz" or (where / "samples.npz").exists():
         images, y = read_npz(where if where.suffix == ".npz" else where / "samples.npz")
         return len(images), [(i, lambda i=i: (images[i : i + batch], y[i : i + batch]))
                              for i in range(0, len(images), batch)]
-    shards = sorted(where.glob(f"shard-{8 * '[0-9]'}.npz")) if format in ("shards", "npz") else []
-    if shards:
-        pairs = [(int(file.stem[6:]), lambda file=file: read_npz(file)) for file in shards]
-        first, read = pairs[-1]
-        return first + len(read()[0]), pairs
-    source = open_source("folder", str(where / "png" if format == "png" else where))
+    source = open_source("folder", str(where))
     side = min(source.size(0))
 
     def read_images(first):
@@ -203,11 +181,6 @@ def list_parts(where: Path, format: str | None, batch: int) -> tuple[int, list]:
         return images, np.array([source.labels[i] if source.classes else -1 for i in numbers])
 
     return len(source), [(first, lambda first=first: read_images(first)) for first in range(0, len(source), batch)]
-
-
-def read_samples(where: Path, batch: int = 250) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields (images, y) of open_samples, one batch after the other."""
-    return (read() for _, read in open_samples(where, batch)[1])
 
 
 def report_of(run: Run, notes: list[dict], seed: int, batch: int, settings: dict) -> dict:

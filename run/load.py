@@ -140,7 +140,7 @@ class Run:
         Raises UserError for what the run does not have: classes, vectors, guidance, a coarse band of its own."""
         import sample  # upwards, here alone (tests/test_house.py)
 
-        y = conditions.listed(self.condition, num, labels, vectors)
+        y = conditions.choose(self.condition, num, labels, vectors)
         num = num or 40 if y is None else len(y)
         solver = "heun" if steps and self.cfg.solver == "dopri5" else None
         settings = solver_settings(self.cfg, argparse.Namespace(cfg=cfg_scale, steps=steps, solver=solver))

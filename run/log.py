@@ -179,40 +179,24 @@ def ratio(total: float, count: float) -> float | None:
 
 
 def open_logger(cfg: Config, out: Path) -> Callable | None:
-    """A function that takes a line of metrics, or None; it never asks for a key."""
+    """A function that takes a line of metrics, or None."""
     if not cfg.logger:
         return None
     try:
         from torch.utils.tensorboard import SummaryWriter
-        if cfg.logger == "wandb":                           # reads what TensorBoard gets; without a key it would ask
-            import wandb
-
-            netrc = Path.home() / ".netrc"
-            key = os.environ.get("WANDB_API_KEY") or (netrc.exists() and "wandb" in netrc.read_text())
-            wandb.init(project="lapflow", name=out.name, dir=out, config=cfg.to_dict(), sync_tensorboard=True,
-                       mode=os.environ.get("WANDB_MODE") or ("online" if key else "offline"))
     except ImportError:
-        raise UserError(f"--logger {cfg.logger} needs its packages: pip install tensorboard wandb; metrics.jsonl is "
-                        "written without them") from None
+        raise UserError("--logger tensorboard needs its package: pip install tensorboard; metrics.jsonl is written "
+                        "without it") from None
     writer = SummaryWriter(out / "tensorboard")
 
     def write(line):
-        for name, value in flat(line).items():
-            writer.add_scalar(name, value, line["step"])
+        bands = {f"loss_bands/{i}": loss for i, loss in enumerate(line["loss_bands"])}
+        for name, value in {**line, **bands}.items():
+            if isinstance(value, (int, float)):
+                writer.add_scalar(name, value, line["step"])
         writer.flush()
 
     return write
-
-
-def flat(line: dict, prefix: str = "") -> dict:
-    """Numbers only, with the places of lists in their names: loss_bins/1/7."""
-    result = {}
-    for name, value in line.items():
-        if isinstance(value, list):
-            result.update(flat(dict(enumerate(value)), f"{prefix}{name}/"))
-        elif value is not None:
-            result[f"{prefix}{name}"] = value
-    return result
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -169,7 +169,7 @@ def quick_facts(cfg: Config) -> dict:
             return {**header, "vectors": None}
         vectors = sources.read_vectors(Path(cfg.latents) / "vectors.npy", header["count"])
         return {**header, "vectors": [1, vectors.shape[1]]}
-    if cfg.dataset in ("digits", "photos"):
+    if cfg.dataset == "digits":
         return batches.facts(batches.load(cfg))
     facts = paper_facts(cfg)
     if cfg.data and cfg.dataset != "fashion":

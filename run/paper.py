@@ -50,8 +50,6 @@ PRESETS = {
     "fashion": Preset(dict(dataset="fashion", res=32, size="96,4,3,4", steps=2650, lr=5e-3, num_samples=2000)),
     "fashion-gpu": Preset(dict(dataset="fashion", res=32, size="128,6,4,2", steps=20000, batch=256, lr=2e-3,
                                precision="bfloat16", compile=True, num_samples=2000)),
-    "photos": Preset(dict(dataset="photos", res=64, size="192,6,3,4", num_scales=3, batch=32, steps=3000, lr=2e-3,
-                          lr_end=1e-5, ema=0.998, num_samples=64)),
     "folder": Preset(dict(dataset="folder", res=64, size="192,6,3,4", num_scales=3, batch=32, steps=20000, lr=1e-3,
                           lr_end=1e-5, ema=0.999, num_samples=64, save_every=1000)),
     # Table 1 and appendix G

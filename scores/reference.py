@@ -1,18 +1,19 @@
 """References: what generated images are compared with, made once from real images.
 
     python -m scores.reference --data DIR --res 256 --out faces.npz                 with Inception, for FID
-    torchrun --nproc_per_node=8 -m scores.reference --dataset celebahq --data DIR --features dinov2
+    torchrun --nproc_per_node=8 -m scores.reference --dataset celebahq --data DIR
 
 The file holds mean and covariance of the features (mu, sigma, as pytorch-fid names them), the features, and how they
-were made. `python fid.py RUN --ref faces.npz` refuses another extractor, codec or resolution.
+were made. `python fid.py RUN --ref faces.npz` refuses another extractor or resolution.
 """
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,78 +30,8 @@ KEEP = 50_000                                               # features kept of a
 
 @dataclass
 class Statistics:
-    """Mean, covariance and features of a set of images, added up batch by batch in float64.
-
-    Features and probabilities of at most KEEP images, a fixed random choice among `total` (0: all), are kept in
-    float32, in the order of the images. how: extractor, codec and resolution, and where the images came from."""
-
-    how: dict
-    total: int = 0
-    features: dict = field(default_factory=dict)            # number of the first image of a batch -> array
-    probabilities: dict = field(default_factory=dict)
-    count: int = 0
-    sum: np.ndarray | float = 0.0
-    products: np.ndarray | float = 0.0
-
-    def add(self, features: np.ndarray, probabilities: np.ndarray | None = None, first: int | None = None) -> None:
-        """Features (B, D) of the images first, first + 1, ... (None: those after the last)."""
-        if features.ndim != 2:
-            raise UserError(f"features must have the shape (images, features), not {features.shape}")
-        x, first = features.astype(np.float64), self.count if first is None else first
-        self.count, self.sum, self.products = self.count + len(x), self.sum + x.sum(axis=0), self.products + x.T @ x
-        chosen = self.chosen[first : first + len(x)] if self.total > KEEP else slice(None)
-        self.features[first] = features.astype(np.float32)[chosen]
-        if probabilities is not None:
-            self.probabilities[first] = probabilities.astype(np.float32)[chosen]
-
-    @cached_property
-    def chosen(self) -> np.ndarray:
-        """Whether the features of each image are kept, (total,)."""
-        mask = np.zeros(self.total, bool)
-        mask[np.random.default_rng(0).permutation(self.total)[:KEEP]] = True
-        return mask
-
-    def gather(self, ranks: Ranks) -> "Statistics":
-        """The statistics of all processes together, in the first one."""
-        parts, joined = ranks.gather(self), Statistics(self.how, self.total)
-        for part in parts:
-            joined.features |= part.features
-            joined.probabilities |= part.probabilities
-        joined.count, joined.sum, joined.products = (
-            sum(getattr(part, name) for part in parts) for name in ("count", "sum", "products"))
-        return joined
-
-    @property
-    def mean(self) -> np.ndarray:
-        return self.sum / self.count
-
-    @property
-    def cov(self) -> np.ndarray:
-        """Unbiased, symmetric to the last bit."""
-        cov = (self.products - np.outer(self.sum, self.sum) / self.count) / (self.count - 1)
-        return (cov + cov.T) / 2
-
-    def all_features(self) -> np.ndarray:
-        return np.concatenate([self.features[first] for first in sorted(self.features)])
-
-    def all_probabilities(self) -> np.ndarray:
-        return np.concatenate([self.probabilities[first] for first in sorted(self.probabilities)])
-
-
-def statistics_of(batches: Iterable[tuple[int, np.ndarray]], extractor: Callable, how: dict, total: int,
-                  ranks: Ranks) -> Statistics:
-    """One pass over (first, images) of this process: the statistics of all of them together, in the first process."""
-    result = Statistics(how, total)
-    with tqdm(total=total, desc="features", unit="img", leave=False, disable=not ranks.first) as bar:
-        for first, images in batches:
-            result.add(*extractor(extractors.through_codec(images, how["codec"])), first=first)
-            bar.update(min(len(images) * ranks.world, bar.total - bar.n))
-    return result.gather(ranks)
-
-
-@dataclass
-class Reference:
-    """What generated images are compared with; features is None when only mean and covariance are known."""
+    """Mean (D,) and covariance (D, D) of the features of a set of images; the features (N, D) of at most KEEP of them,
+    evenly spaced, None where they are not known; how: extractor, resolution, n, and where the images came from."""
 
     mean: np.ndarray
     cov: np.ndarray
@@ -108,17 +39,39 @@ class Reference:
     how: dict
 
 
+def statistics_of(batches: Iterable[tuple[int, np.ndarray]], extractor: Callable, how: dict, total: int,
+                  ranks: Ranks) -> Statistics | None:
+    """One pass over (number of the first, images) of this process, added up in float64: the statistics of all processes
+    together, in the first one; None in the others."""
+    count, sums, products, features, step = 0, 0.0, 0.0, {}, max(1, math.ceil(total / KEEP))
+    with tqdm(total=total, desc="features", unit="img", leave=False, disable=not ranks.first) as bar:
+        for first, images in batches:
+            part = extractor(images)                                                # (B, D)
+            x = part.astype(np.float64)
+            count, sums, products = count + len(x), sums + x.sum(axis=0), products + x.T @ x
+            features[first] = part[-first % step :: step]
+            bar.update(min(len(images) * ranks.world, bar.total - bar.n))
+    parts = ranks.gather((count, sums, products, features))
+    if not parts:
+        return None
+    count, sums, products = (sum(part[k] for part in parts) for k in range(3))
+    kept = {first: x for *_, features in parts for first, x in features.items()}
+    cov = (products - np.outer(sums, sums) / count) / (count - 1)
+    return Statistics(sums / count, (cov + cov.T) / 2, np.concatenate([kept[first] for first in sorted(kept)]),
+                      {**how, "n": count})
+
+
 def save_reference(file: Path, statistics: Statistics) -> None:
     """mu, sigma, features, and how they were made."""
     with explain(f"the reference cannot be written to {file}", kinds=OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_name(file.name + ".tmp.npz")
-        np.savez(temporary, mu=statistics.mean, sigma=statistics.cov, features=statistics.all_features(),
-                 how=np.array(json.dumps({**statistics.how, "n": statistics.count})))
+        np.savez(temporary, mu=statistics.mean, sigma=statistics.cov, features=statistics.features,
+                 how=np.array(json.dumps(statistics.how)))
         os.replace(temporary, file)
 
 
-def load_reference(file: str) -> Reference:
+def load_reference(file: str) -> Statistics:
     """A reference of scores.reference, or mu and sigma of ADM or pytorch-fid. Raises UserError for other files."""
     with explain(f"{file} is not a reference, an .npz with mu and sigma as scores.reference writes"):
         with np.load(file, allow_pickle=False) as arrays:
@@ -128,12 +81,12 @@ def load_reference(file: str) -> Reference:
         if mean.ndim != 1 or cov.shape != (len(mean), len(mean)) or not isinstance(how, dict) or (
                 features is not None and (features.ndim != 2 or features.shape[1] != len(mean))):
             raise ValueError("its arrays have the wrong shapes")
-        return Reference(mean, cov, features, how)
+        return Statistics(mean, cov, features, how)
 
 
-def check_comparable(reference: Reference, how: dict, file: str) -> None:
-    """Raises UserError when extractor, codec or resolution of the two sides differ."""
-    for key in ("extractor", "codec", "res"):
+def check_comparable(reference: Statistics, how: dict, file: str) -> None:
+    """Raises UserError when extractor or resolution of the two sides differ."""
+    for key in ("extractor", "res"):
         if key in reference.how and reference.how[key] != how[key]:
             raise UserError(f"{file} cannot be compared with these images: its {key} is {reference.how[key]}, theirs "
                             f"is {how[key]}; make a reference with the same (python -m scores.reference)")
@@ -154,8 +107,6 @@ def add_extractor_flags(parser: argparse.ArgumentParser) -> None:
     """Of scores.reference and fid.py."""
     parser.add_argument("--extractor-file", default="", help="its TorchScript file [downloaded once, hash checked]")
     parser.add_argument("--trust", action="store_true", help="accept an --extractor-file with another hash")
-    parser.add_argument("--codec", choices=("none", "jpeg"), default="none",
-                        help="jpeg: both sides through JPEG of quality 75, the protocol of LFM [none]")
     parser.add_argument("--force", action="store_true", help="allow fewer images than features")
 
 
@@ -172,7 +123,7 @@ def main() -> None:
     parser.add_argument("--dataset", default="folder", choices=("folder", "celebahq", "imagenet"), help="[folder]")
     parser.add_argument("--split", default="train", help="which split, when the data has several [train]")
     parser.add_argument("--res", type=int, default=256, help="height and width in pixels [256]")
-    parser.add_argument("--features", default="inception", help="inception, dinov2, efficientnet or pixels [inception]")
+    parser.add_argument("--features", default="inception", help="inception, efficientnet or pixels [inception]")
     add_extractor_flags(parser)
     parser.add_argument("--batch", type=int, default=250, help="images at a time [250]")
     parser.add_argument("--out", default="reference.npz", help="the file to write [reference.npz]")
@@ -183,17 +134,17 @@ def main() -> None:
     with Ranks.start(args.device) as ranks:
         source = open_source(args.dataset, args.data, args.split)
         extractor = load_extractor(args, args.features, ranks)
-        how = {"extractor": extractor.identity, "codec": args.codec, "res": args.res, "source": args.data,
+        how = {"extractor": extractor.identity, "res": args.res, "source": args.data,
                "crop": "ADM: box halving, bicubic, centre", "fingerprint": source.fingerprint}
         chunks = chunks_of(len(source), args.batch)
         read = ((chunk.start, np.stack([source.image(i, args.res) for i in chunk]).transpose(0, 2, 3, 1))
                 for chunk in chunks[ranks.rank :: ranks.world])
         statistics = statistics_of(read, extractor, how, len(source), ranks)
         if ranks.first:
-            check_enough(statistics.count, len(statistics.mean), args.force)
+            check_enough(statistics.how["n"], len(statistics.mean), args.force)
             save_reference(Path(args.out), statistics)
-            print(f"reference  {args.out}: {statistics.count:,} images of {args.res} pixels, "
-                  f"{extractor.identity[:40]}, codec {args.codec}")
+            print(f"reference  {args.out}: {statistics.how['n']:,} images of {args.res} pixels, "
+                  f"{extractor.identity[:40]}")
 
 
 if __name__ == "__main__":

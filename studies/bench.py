@@ -1,8 +1,6 @@
-"""Speed, measured on this machine, and what it costs to compute.
+"""Speed, measured on this machine.
 
-    python -m studies.bench count                                  parameters, tokens, FLOPs: every preset, every system
     python -m studies.bench compare                                against diffusers' DiT and another LapFlow
-    python -m studies.bench fid                                    Frechet distance of FID-50k, without its network
     python -m studies.bench gpu --budget 560 --out DIR             all that a GPU does with the models of the paper
     python -m studies.bench gpu-quality --budget 480 --out DIR     the systems on Fashion-MNIST at patch 2
     python -m studies.bench gpu-colour --budget 300 --out DIR      LapFlow on 64 x 64 photographs: pictures, previews
@@ -17,47 +15,21 @@ gpu: see studies/gpu.py. Each figure is a line of DIR/gpu.jsonl, written at once
 """
 
 import argparse
-import dataclasses
 import importlib.metadata
 import importlib.util
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import config
-import fid
 from config import UserError
 from model import MoTDiT
 from run import log, memory
 from run.ranks import best_device
-from scores.reference import Statistics
-from studies import gpu, plan
-from studies.output import markdown
+from studies import gpu
 from studies.timing import in_turn
-
-
-def bench_count() -> list[dict]:
-    """Every preset, and DFM, which has none. share: of the FLOPs of LFM, the same trunk at one scale; attention: see
-    plan.attention_share."""
-    presets, rows = plan.rows(), []
-    presets["celebahq-256-dfm"] = dataclasses.replace(presets["celebahq-256"], method="dfm", starts=())
-    for name, cfg in presets.items():
-        ours = plan.cost(cfg)
-        whole = plan.cost(dataclasses.replace(cfg, method="lfm", num_scales=1, starts=(), mask="causal", path="linear"))
-        attention = plan.attention_share(cfg.num_scales, cfg.mask) if cfg.method == "lapflow" else None
-        rows.append({"preset": name, "method": cfg.method, **dataclasses.asdict(ours),
-                     "share": ours.flops_mean / whole.flops_mean, "attention": attention})
-    print(markdown(
-        ["preset", "method", "parameters, M", "tokens by stage", "GFLOPs by stage", "mean", "of LFM", "attention"],
-        [[row["preset"], row["method"], f"{row['parameters'] / 1e6:.1f}", ", ".join(map(str, row["tokens"])),
-          ", ".join(f"{n / 1e9:.1f}" for n in row["flops"]), f"{row['flops_mean'] / 1e9:.1f}", f"{row['share']:.3f}",
-          f"{row['attention']:.3f}" if row["attention"] else ""] for row in rows]))
-    return rows
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # compare
@@ -164,35 +136,13 @@ def measure_comparison(args: argparse.Namespace) -> None:
             log.record(args.record, None, device, {"what": "compare", **result})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def bench_fid(count: int = 50_000, dim: int = 2048, batch: int = 250) -> dict:
-    """Seconds and peak memory of what fid.py does with the features of `count` images."""
-    generator, sides, began = np.random.default_rng(0), [], time.perf_counter()
-    for scale in (1.0, 1.1):
-        total = Statistics({}, count)
-        for _ in range(count // batch):
-            drawing = time.perf_counter()
-            features = scale * generator.standard_normal((batch, dim), np.float32)
-            began += time.perf_counter() - drawing          # making them up does not count
-            total.add(features)
-        sides.append((total.mean, total.cov))
-    added = time.perf_counter()
-    distance = fid.frechet_distance(*sides[0], *sides[1])
-    return {"images": count, "features": dim, "seconds_statistics_of_one": (added - began) / 2,
-            "seconds_distance": time.perf_counter() - added, "frechet": distance,
-            "memory_gb": memory.peak_memory(torch.device("cpu"))}
-
-
 def main() -> None:
     parser = config.parser(__doc__, "python -m studies.bench WHAT [options]")
     commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     flags = {what: commands.add_parser(what, usage=f"python -m studies.bench {what} [options]", allow_abbrev=False)
-             for what in ("count", "compare", "fid", *gpu.COMMANDS)}
-    for what in ("count", "compare", "fid"):
-        flags[what].add_argument("--record", metavar="FILE", help="append the result and how it was made to a .jsonl")
+             for what in ("compare", *gpu.COMMANDS)}
     compare = flags["compare"]
+    compare.add_argument("--record", metavar="FILE", help="append the result and how it was made to a .jsonl")
     compare.add_argument("--sides", default="32,64,128", help="sizes of the latents [32,64,128]")
     compare.add_argument("--precision", choices=config.PRECISIONS, default="float32", help="[float32]")
     compare.add_argument("--rounds", type=int, default=7, help="repetitions that the medians are taken of [7]")
@@ -206,13 +156,7 @@ def main() -> None:
     if args.what in gpu.COMMANDS:
         return gpu.measure(args.what, args.out, args.budget, args.dry_run, getattr(args, "data", ""))
     log.check_record(args.record)
-    if args.what == "compare":
-        return measure_comparison(args)
-    result = {"rows": bench_count()} if args.what == "count" else bench_fid()
-    for name, value in result.items() if args.what == "fid" else ():
-        print(f"{name:26s} {value}")
-    if args.record:
-        log.record(args.record, None, torch.device("cpu"), {"what": args.what, **result})
+    measure_comparison(args)
 
 
 if __name__ == "__main__":

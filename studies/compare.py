@@ -56,8 +56,6 @@ ABLATIONS = {
     "noise": {"pyramid": ({}, None), "independent": ({"noise": "independent"}, None)},
     "experts": {"full": ({}, None), "qkv": ({"experts": "qkv"}, None), "none": ({"experts": "none"}, None)},
     "separate": {"one MoT": ({}, 3.53), "a network for each segment": ({"method": "separate"}, 3.60)},
-    "space": {"latents": ({"space": "latent"}, 3.53), "pixels": ({}, 8.63),
-              "latents, LFM": ({"space": "latent", "method": "lfm"}, 7.77), "pixels, LFM": ({"method": "lfm"}, 11.58)},
     "stages": {"stratified": ({}, None), "one for each batch": ({"stages": "batch"}, None)},
     "times": {"[T_s, 1]": ({}, 3.53), "[T_s, T_(s+1)]": ({"full_range": False}, None)},
     "sharing": {"experts full": ({}, None), "experts none": ({"experts": "none"}, None),
@@ -102,10 +100,6 @@ def data_facts(dataset: str) -> dict:
 def counted(cfg: Config, dataset: str) -> tuple[int, list[int]]:
     """Parameters, and FLOPs of a forward pass by stage, of plan.key of a configuration."""
     facts = data_facts(dataset)
-    if cfg.space == "latent":                               # of docs/tiny_vae.py
-        facts = {**facts, "channels": 4, "side": facts["side"] // 2}
-    elif cfg.dataset == "folder":
-        facts = {**facts, "channels": 3}
     return memory.parameters(memory.meta_model(cfg, facts)), plan.flops_by_stage(cfg, facts)
 
 
@@ -117,18 +111,10 @@ def step_flops(cfg: Config, dataset: str) -> float:
 def plan_runs(args: argparse.Namespace) -> list[tuple[str, Config]]:
     """The runs of a comparison: (name, configuration), seed by seed. LapFlow, the first variant, sets the FLOPs."""
     out, given = Path(args.out), {"dataset": args.dataset}
-    if args.ablation == "space":                            # digits as RGB files, which an autoencoder can encode
-        given = {name: getattr(Config, name) for name in ("lr", "lr_end", "ema", "batch", "steps", "num_samples",
-                                                          "save_every", "num_scales", "size")}
-        given |= {"dataset": "folder", "res": 8, "data": str(out / "digits-rgb"), "flip": False}
     given |= {name: getattr(args, name) for name in ("data", "steps", "size") if getattr(args, name)}
     runs, budget = [], None
     for name, (settings, _) in variants(args).items():
         more = dict(settings)
-        if more.get("space") == "latent":                   # half the side: patches of half the size, as many tokens
-            *rest, patch = given["size"].split(",")
-            more |= {"vae": str(out / "digits-vae"), "latents": str(out / "digits-latents"),
-                     "size": ",".join([*rest, str(int(patch) // 2)])}
         if more.get("method") == "lfm":
             more["num_scales"] = 1
         cfg = paper.resolve({**given, **more, "out": "-"})
@@ -153,9 +139,7 @@ def command_of(cfg: Config, device: str | None) -> list[str]:
         flag = name.replace("_", "-")
         if value == standard[name]:
             continue
-        if name == "space":
-            words.append(f"--{value}")
-        elif isinstance(value, bool):
+        if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
             words += [f"--{flag}", ",".join(map(str, value)) if isinstance(value, list) else str(value)]
@@ -188,7 +172,7 @@ def train_one(name: str, cfg: Config, args: argparse.Namespace, commit: str, chi
         last = (report.read_text().splitlines() or [""])[-1]
         raise UserError(f"the run {cfg.out} did not finish, see {report}: {last}")
     scores = json.loads((folder / "scores.json").read_text())
-    if cfg.space == "latent" or cfg.dataset == "fashion":
+    if cfg.dataset == "fashion":
         scores = judged(cfg, args.device, scores)
     parameters, flops = counted(plan.key(cfg), args.dataset)
     sampling = sum(calls * count for calls, count in zip(scores["nfe_segments"], flops, strict=True))
@@ -203,14 +187,10 @@ def train_one(name: str, cfg: Config, args: argparse.Namespace, commit: str, chi
 
 
 def judged(cfg: Config, device: str | None, scores: dict) -> dict:
-    """The scores of a run, with those of another judge: latents are compared with real images, not with decoded ones;
-    Fashion-MNIST is judged in the features of its classifier and, where it is installed, of EfficientNet; FD stays that
-    of pixels."""
+    """The scores of a run on Fashion-MNIST: in pixels, in the features of its classifier, and of EfficientNet where it
+    is installed."""
     run = load.load_run(cfg.out, device=device)
     images, y, report = train.draw(run, cfg.num_samples, progress=False)
-    if cfg.space == "latent":
-        pixels = batches.load(dataclasses.replace(cfg, space="pixel", vae="", latents=""))
-        return scores | fid.evaluate(pixels, images, y, batches.to_images)
     dataset = batches.load(cfg)
     scores = {**report, **fid.evaluate(dataset, images, y, run.decode)}
     if importlib.util.find_spec("efficientnet_lite_pytorch"):
@@ -234,15 +214,6 @@ def measure_times(planned: list[tuple[str, Config]], args: argparse.Namespace, r
         log.record(args.record, run.cfg, run.device, {
             "what": "time", "settings": variants(args)[name][0], "batch": count, "rounds": seconds,
             "seconds_per_image": statistics.median(seconds)})
-
-
-def prepare_space(out: Path) -> None:
-    """The files of --ablation space: digits as RGB images, a small autoencoder trained on them, and their latents."""
-    for module, *words in (("docs.tiny_vae", "--out", out),
-                           ("data.latents", "--res", "8", "--data", out / "digits-rgb", "--vae", out / "digits-vae",
-                            "--out", out / "digits-latents")):
-        if subprocess.run([sys.executable, "-m", module, *map(str, words)]).returncode:
-            raise UserError(f"python -m {module} failed: the latents of the digits could not be made")
 
 
 def run_all(planned: list[tuple[str, Config]], args: argparse.Namespace) -> None:
@@ -271,9 +242,7 @@ def run_all(planned: list[tuple[str, Config]], args: argparse.Namespace) -> None
 def table(runs_of: dict, paper_fid: dict, times: dict) -> str:
     """Markdown, a row for each name; by name: the lines of its runs, the paper's FID or None, and seconds per image."""
     lines = sum(runs_of.values(), [])
-    levels = sorted((key for key in lines[0] if key.startswith("swd_")), key=lambda key: int(key[4:]))
     columns = {key: value for key, value in COLUMNS.items() if key in lines[0]}
-    columns |= {key: (f"SWD {key[4:]}", 1) for key in levels}
     with_paper = any(paper_fid.values())
     head = ["", *(title for title, _ in columns.values()), "s / image", "GFLOPs / image", "parameters, M", "steps",
             *["paper: FID"] * with_paper]
@@ -382,7 +351,7 @@ def report(planned: list[tuple[str, Config]], args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = config.parser(__doc__, "python -m studies.compare [--dataset NAME] [--ablation NAME] [--seeds N]")
-    parser.add_argument("--dataset", choices=("digits", "photos", "fashion"), default="digits", help="[digits]")
+    parser.add_argument("--dataset", choices=("digits", "fashion"), default="digits", help="[digits]")
     parser.add_argument("--data", help="folder of Fashion-MNIST's files, or hf:OWNER/NAME [that of Debian]")
     parser.add_argument("--ablation", choices=ABLATIONS, help="a table of the paper [the systems]")
     parser.add_argument("--only", nargs="+", metavar="SYSTEM", help="some of the systems, LapFlow first [all]")
@@ -396,16 +365,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.seeds < 1 or args.jobs < 1 or (args.steps is not None and args.steps < 1):
         raise UserError("--seeds, --steps and --jobs must be at least 1")
-    if args.dataset != "digits" and args.ablation == "space" or (
-            args.dataset == "photos" and args.ablation in ("scales", "starts")):
-        raise UserError(f"--ablation {args.ablation} is written for the two scales of the digits: leave out --dataset")
     if args.only and (args.only[0] != "LapFlow" or not set(args.only) <= set(systems(args.dataset))):
         raise UserError(f"--only takes LapFlow, whose FLOPs all get, then some of {list(systems(args.dataset))[1:]}")
     args.record = Path(args.record or Path(args.out) / "results.jsonl")
     log.check_record(args.record)
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    if args.ablation == "space":
-        prepare_space(Path(args.out))
     planned = plan_runs(args)
     run_all(planned, args)
     if not args.ablation:

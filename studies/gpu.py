@@ -29,12 +29,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from sklearn.datasets import load_sample_images
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sample
 import train
 from config import Config, UserError, first_line
-from data import batches
+from data import batches, crops
 from data.batches import BatchRandom, ImageRandom
 from extras import causal
 from run import checkpoint, graphs, load, log, memory, paper, pictures
@@ -353,13 +355,23 @@ def train_here(job: Job, cfg: Config, spare: float = 2.0) -> tuple[train.Job, li
     return state, checkpoint.read_lines([Path(cfg.out) / "metrics.jsonl"])
 
 
+def photographs(job: Job) -> dict:
+    """The settings of a folder of 64 x 64 crops of scikit-learn's two photographs, each a class; written here."""
+    for number, photo in enumerate(load_sample_images().images):
+        folder, random = job.folder / "photographs" / str(number), np.random.default_rng(number)
+        folder.mkdir(parents=True)
+        for i, crop in enumerate(crops.crops_of(Image.fromarray(photo), 8 if job.dry else 1024, 64, random)):
+            crop.save(folder / f"{i:04d}.png")
+    return {"dataset": "folder", "res": 64, "data": str(job.folder / "photographs")}
+
+
 def curves(job: Job) -> None:
     """The same runs in float32 and in bfloat16: their losses must lie on each other."""
     toy = {"size": "32,1,2,4", "steps": 2, "log_every": 1} if job.dry else {}
-    for (dataset, steps), precision in product((("digits", 400), ("photos", 200)), ("float32", "bfloat16")):
-        cfg = paper.resolve({"dataset": dataset, "precision": precision, "steps": steps, "log_every": 20, **toy})
+    for data, precision in product(({"steps": 400}, {**photographs(job), "steps": 200}), ("float32", "bfloat16")):
+        cfg = paper.resolve({**data, "precision": precision, "log_every": 20, **toy})
         _, lines = train_here(job, cfg)
-        job.say("curve", dataset=dataset, precision=precision, steps=lines[-1]["step"],
+        job.say("curve", dataset=cfg.dataset, precision=precision, steps=lines[-1]["step"],
                 loss=[line["loss"] for line in lines], grad_norm=[line["grad_norm"] for line in lines],
                 images_per_second=lines[-1]["images_per_second"], skipped=sum(line["skipped"] for line in lines))
 
@@ -407,7 +419,7 @@ def quality(job: Job) -> None:
 
 def colour(job: Job) -> None:
     """Trains LapFlow on 64 x 64 crops of photographs for as long as there is time, then draws samples and previews."""
-    given = {"dataset": "photos", "size": "384,8,6,4", "batch": 64, "num_samples": 64, "lr": 1e-3, "steps": 60,
+    given = {**photographs(job), "size": "384,8,6,4", "batch": 64, "num_samples": 64, "lr": 1e-3, "steps": 60,
              "log_every": 20, "precision": "bfloat16", "compile": True}
     if job.dry:
         given |= {"size": "32,1,2,4", "batch": 6, "num_samples": 6, "steps": 2, "log_every": 1, "solver": "euler",

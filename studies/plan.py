@@ -9,20 +9,18 @@ days are computed for a share of the GPU's peak.
 
 import dataclasses
 from functools import cache
-from statistics import mean
 
 import torch
 
 import config
 from config import Config
-from model import SIZES, parse_size
+from model import parse_size
 from run import memory
 from run.paper import PRESETS
 from studies.output import markdown
 
 NETWORK = ("dataset", "res", "space", "method", "size", "num_scales", "experts", "mask", "condition_tokens",
            "recompute")                                     # the settings that decide the network
-LATENTS = dict(dataset="celebahq", res=256, space="latent", vae="any")          # 4 x 32 x 32, no classes
 
 
 def flops_by_stage(cfg: Config, facts: dict) -> list[int]:
@@ -102,40 +100,9 @@ def parameters() -> str:
     return markdown(["parameters, M", *(f"experts {which}" for which in experts), "paper"], table)
 
 
-def sizes() -> str:
-    """The four sizes on latents of 32 x 32: one scale, and two with weights per band."""
-    table = []
-    for size in SIZES:
-        for num_scales, experts in ((1, "none"), (2, "qkv"), (2, "full")):
-            ours = cost(Config(**LATENTS, size=f"{size}/2", num_scales=num_scales, experts=experts))
-            table.append([f"{size}/2", num_scales, experts, f"{ours.parameters / 1e6:.1f}",
-                          ", ".join(map(str, ours.tokens)), ", ".join(f"{n / 1e9:.1f}" for n in ours.flops),
-                          f"{ours.flops_mean / 1e9:.1f}"])
-    return markdown(["size", "K", "experts", "parameters, M", "tokens by stage", "GFLOPs forward by stage", "mean"],
-                    table)
-
-
-def attention_share(num_scales: int, mask: str) -> float:
-    """Query-key pairs of image tokens in one attention, mean over the stages, in units of those of a single scale
-    (appendix C: 0.608 for three scales without a mask). Band i has 4^i tokens in units of the coarsest."""
-    n, pairs = [4**i for i in range(num_scales)], []
-    for stage in range(num_scales):
-        reads = {"causal": [sum(n[: i + 1]) for i in range(stage + 1)], "none": [sum(n[: stage + 1])] * (stage + 1),
-                 "self": n[: stage + 1]}[mask]
-        pairs.append(sum(queries * keys for queries, keys in zip(n, reads, strict=False)))
-    return mean(pairs) / n[-1] ** 2
-
-
-def attention() -> str:
-    """What the mask saves."""
-    masks = ("causal", "none", "self")
-    return markdown(["query-key pairs, one scale = 1", *(f"mask {mask}" for mask in masks)],
-                    [[f"K = {k}", *(f"{attention_share(k, mask):.3f}" for mask in masks)] for k in (1, 2, 3, 4)])
-
-
 def main() -> None:
     config.parser(__doc__, "python -m studies.plan").parse_args()
-    print("\n\n".join((presets(), parameters(), sizes(), attention())))
+    print("\n\n".join((presets(), parameters())))
     print("\nParameters of the first two tables with the 83.7 M of the VAE. GFLOPs, two FLOPs for each multiply-add, "
           "of one forward pass\nof one image. python train.py --preset NAME starts a row; --dry-run prints its cost.")
 

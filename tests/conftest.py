@@ -14,13 +14,14 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import config
 from config import Config
 from model import MoTDiT
-from run import checkpoint
+from run import checkpoint, gallery
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
@@ -46,6 +47,12 @@ def random_bands(model: MoTDiT, batch=2, seed=1, dtype=torch.float32) -> list:
     generator = torch.Generator().manual_seed(seed)
     sides = [model.resolution >> k for k in reversed(range(model.num_scales))]
     return [torch.randn(batch, model.in_channels, s, s, generator=generator, dtype=dtype) for s in sides]
+
+
+def read_samples(where: Path, batch: int = 250) -> tuple[np.ndarray, np.ndarray]:
+    """All images and conditions of sample.py on disk, read in parts."""
+    parts = [read() for _, read in gallery.open_samples(where, batch)[1]]
+    return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -90,6 +97,12 @@ def metrics(run: Path | str) -> list[dict]:
 def losses(run: Path | str) -> list:
     """The losses of the bands in each line, -1 where a band took no part."""
     return [[-1 if value is None else value for value in line["loss_bands"]] for line in metrics(run)]
+
+
+def settings_of(run: Path, **changes) -> Config:
+    """Those of a run, with changes."""
+    values = json.loads((run / "config.json").read_text())
+    return Config.from_dict({**values, "out": str(run), **changes})
 
 
 def weights(run: Path | str) -> dict:
@@ -224,19 +237,6 @@ def worker(torchrun: int, rank: int) -> int:
     raise AssertionError(f"torchrun has no worker {rank}")
 
 
-@pytest.fixture
-def run_script(tmp_path):
-    """run_script("train.py", "--steps", "3") in an empty directory; returns the finished process."""
-    def run(program, *arguments):
-        process = subprocess.run([sys.executable, *program_of(str(program)), *map(str, arguments)], cwd=tmp_path,
-                                 capture_output=True, text=True, timeout=300,
-                                 env={"OMP_NUM_THREADS": "2", **os.environ, "PYTHONPATH": str(ROOT)})
-        assert process.returncode == 0, process.stdout + process.stderr
-        return process
-
-    return run
-
-
 def run_here(monkeypatch, folder: Path, program: str, *arguments) -> None:
     """Runs a program in a directory, in this process, where torch is loaded already: "train.py" or "data.latents"."""
     monkeypatch.chdir(folder)
@@ -247,6 +247,17 @@ def run_here(monkeypatch, folder: Path, program: str, *arguments) -> None:
             runpy.run_path(str(ROOT / program), run_name="__main__")
         else:
             runpy.run_module(program, run_name="__main__")
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch, capsys):
+    """program("sample.py", "-n", "12"): what it prints. It runs in this process, where torch is loaded already."""
+    def start(name, *arguments):
+        capsys.readouterr()
+        run_here(monkeypatch, tmp_path, name, *arguments)
+        return capsys.readouterr().out
+
+    return start
 
 
 @pytest.fixture

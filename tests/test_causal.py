@@ -16,7 +16,7 @@ from PIL import Image
 import pyramid
 import sample
 from config import Config, UserError
-from conftest import random_model, randomize, tiny
+from conftest import random_model, randomize, read_samples, tiny
 from data.conditions import Vectors
 from extras import causal
 from pyramid import decompose, reconstruct
@@ -329,7 +329,7 @@ def fill(run, out, format, stop=None, num=10, **settings) -> gallery.Gallery:
     return samples
 
 
-@pytest.mark.parametrize("format", ["npz", "shards", "png"])
+@pytest.mark.parametrize("format", ["npz", "shards"])
 def test_samples_continue_after_a_stop_and_every_format_holds_the_same(run, tmp_path, format):
     expected = sample.generate(run, 10, torch.arange(10) % 5, batch=3, progress=False, solver="euler", steps=3)[0]
     fill(run, tmp_path / "out", format, stop=2)
@@ -340,9 +340,9 @@ def test_samples_continue_after_a_stop_and_every_format_holds_the_same(run, tmp_
     report = gallery.report_of(run, samples.notes(), 0, 3, {})
     assert report["num"] == 10 and report["nfe"] == 3
     samples.finish(report, torch.arange(10) % 5, run.condition)
-    images, labels = (np.concatenate(part) for part in zip(*gallery.read_samples(tmp_path / "out", 4), strict=True))
+    images, labels = read_samples(tmp_path / "out", 4)
     assert np.array_equal(images, expected[..., :1].repeat(3, axis=3))
-    assert labels.tolist() == ([-1] * 10 if format == "png" else [i % 5 for i in range(10)])
+    assert labels.tolist() == [i % 5 for i in range(10)]
     assert json.loads((tmp_path / "out" / "report.json").read_text())["nfe"] == 3
     assert (tmp_path / "out" / "grid.png").exists()
 
@@ -383,15 +383,15 @@ def test_missing_files_are_drawn_again_and_other_files_are_left_alone(run, tmp_p
         samples.finish({"num": 10}, None, run.condition)
     fill(run, tmp_path / "out", "shards")
     assert len(list((tmp_path / "out").glob("shard-*.npz"))) == 4
-    (tmp_path / "others" / "png").mkdir(parents=True)
-    (tmp_path / "others" / "png" / "holiday.png").write_text("dear")
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "shard-holiday.npz").write_text("dear")
     with pytest.raises(UserError, match="holds other samples"):
         fill(run, tmp_path / "others", "npz")
-    assert (tmp_path / "others" / "png" / "holiday.png").exists()
+    assert (tmp_path / "others" / "shard-holiday.npz").exists()
 
 
 def test_an_interrupted_directory_is_not_scored(run, tmp_path):
-    fill(run, tmp_path / "out", "png", stop=2)
+    fill(run, tmp_path / "out", "shards", stop=2)
     with pytest.raises(UserError, match="are not complete"):
         gallery.open_samples(tmp_path / "out")
 

@@ -113,7 +113,7 @@ def test_labels():
     for wrong in ("3", "-1", "cow", "1.5", "", "٣", 5000 * "9"):
         with pytest.raises(config.UserError, match="no label"):
             choose(condition, 2, wrong)
-    with pytest.raises(config.UserError, match="--labels 1 asks for a class, but this run was trained without classes"):
+    with pytest.raises(config.UserError, match="this run was trained without classes: leave out the labels"):
         choose(None, 2, "1")
     numbered = Labels(["1", "9", "10"], 8)                  # "1" could be a name or a position
     assert choose(numbered, 1, "9").tolist() == [1] and choose(numbered, 1, "1").tolist() == [0]
@@ -146,9 +146,9 @@ def test_a_file_of_vectors_that_does_not_fit_is_one_sentence(tmp_path, content):
 
 
 @pytest.mark.parametrize("condition, asked, words", [
-    (Labels(["a"], 8), dict(vectors="x.npy"), "--vectors x.npy asks for vectors, but this run was trained on labels"),
+    (Labels(["a"], 8), dict(vectors="x.npy"), "this run was trained on labels: leave out the vectors"),
     (None, dict(vectors="x.npy"), "trained without classes"),
-    (Vectors(2, 8, EXAMPLES), dict(labels="a"), "--labels a asks for a class, but this run was trained on vectors")])
+    (Vectors(2, 8, EXAMPLES), dict(labels="a"), "this run was trained on vectors: leave out the labels")])
 def test_what_the_run_does_not_have(condition, asked, words):
     with pytest.raises(config.UserError, match=words):
         choose(condition, 2, **asked)
@@ -252,7 +252,7 @@ def test_a_run_on_vectors_trains_continues_and_samples(on_vectors, give_up, monk
         assert file["labels"].tolist() == [-1] * 9
     assert (tmp_path / "drawn" / "grid.png").exists() and "guidance   1.5" in capsys.readouterr().out
     text = give_up("sample.py", on_vectors.out, "--labels", "3")
-    assert "asks for a class, but this run was trained on vectors" in text and len(text.splitlines()) == 1
+    assert "this run was trained on vectors: leave out the labels" in text and len(text.splitlines()) == 1
 
     load.export(run, tmp_path / "export")
     shared = load.load_run(str(tmp_path / "export"), device="cpu")
@@ -285,8 +285,8 @@ def test_costs_of_a_network_on_vectors_are_counted(on_vectors):
 def test_brightness_asked_for_is_brightness_drawn(tmp_path):
     """Digits conditioned on their mean brightness alone."""
     folder = folder_of_digits(tmp_path / "images", 1797)
-    cfg = config.Config(dataset="folder", data=str(folder), condition="vectors", flip=False, size="64,3,2,2", steps=800,
-                        batch=64, lr=5e-3, warmup=50, ema=0.98, save_every=800, out=str(tmp_path / "run"))
+    cfg = config.Config(dataset="folder", data=str(folder), condition="vectors", flip=False, size="64,3,2,2", steps=400,
+                        batch=64, lr=5e-3, warmup=50, ema=0.98, save_every=400, out=str(tmp_path / "run"))
     train.train(cfg, device="cpu")
     run, known = load.load_run(cfg.out, device="cpu"), np.load(folder / "vectors.npy")
     y = torch.linspace(*np.quantile(known, [0.02, 0.98]).tolist(), 200)[:, None]

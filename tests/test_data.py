@@ -39,19 +39,6 @@ def test_digits_are_the_bundled_ones():
     assert np.array_equal(batches.to_uint8(x).numpy(), digits.pixels[[0, 5]])      # never mirrored, and exact
 
 
-def test_photos_are_random_mirrored_crops_with_the_photo_as_class():
-    photos = batches.load(config(dataset="photos"))
-    u = [[0.9, 0.0, 0.0], [0.1, 0.0, 0.0], [0.9, 0.999, 0.999]]
-    x, y = read(photos, [0, 0, 1], u)
-    assert x.shape == (3, 3, 16, 16) and y.tolist() == [0, 0, 1]
-    assert torch.equal(x[1], x[0].flip(-1))
-    corner = torch.from_numpy(photos.photos[0][:, :16, :16].copy()).float() / 127.5 - 1
-    assert torch.equal(x[0], corner)
-    assert torch.equal(batches.to_uint8(x[2]), torch.from_numpy(photos.photos[1][:, -16:, -16:].copy()))
-    with pytest.raises(UserError, match="427"):
-        batches.load(config(dataset="photos", res=512))
-
-
 def test_a_flat_folder_is_unconditional(tmp_path):
     for name in ("b10.png", "b9.jpg", "a.PNG"):
         save(tmp_path / name)
@@ -308,7 +295,7 @@ def test_vectors_that_do_not_fit_are_named(with_vectors, array, words):
     assert "\n" not in str(problem.value) and "vectors.npy" in str(problem.value)
 
 
-@pytest.mark.parametrize("settings", [dict(), dict(dataset="photos", res=16), dict(dataset="fashion", res=32)])
+@pytest.mark.parametrize("settings", [dict(), dict(dataset="fashion", res=32)])
 def test_bundled_sets_have_no_vectors(settings):
     with pytest.raises(UserError, match="has labels and no vectors: leave out --condition vectors"):
         batches.load(Config(condition="vectors", **settings))
@@ -345,7 +332,7 @@ def test_other_splits_are_not_held_out(tmp_path, capsys):
     save(tmp_path / "test" / "b" / "x.png")
     assert batches.load(config(data=str(tmp_path))).test(10) is None
     assert "the split test" in capsys.readouterr().out
-    assert batches.digits().test(10) is batches.load(config(dataset="photos")).test(10) is None
+    assert batches.digits().test(10) is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import fid
 import sample
 import train
 from config import UserError
-from conftest import tiny
+from conftest import read_samples, tiny
 from data.batches import Images, digits, to_images
 from data.conditions import Labels, Vectors
 from fid import frechet_distance, precision, recall
@@ -18,7 +18,6 @@ from run import gallery
 from run.ranks import Ranks
 from scores import features
 from scores.classes import class_variance
-from scores.wasserstein import sliced_wasserstein
 
 rng = np.random.default_rng(0)
 
@@ -93,34 +92,6 @@ def test_the_same_images_have_full_precision_and_recall():
 def test_precision_needs_more_images_than_neighbours():
     with pytest.raises(UserError, match="more than 3"):
         precision(real=np.zeros((3, 2)), fake=np.zeros((10, 2)))
-
-
-def textures(count, seed, sparse=False, side=64):
-    """Random smooth images with fine detail of one variance: everywhere a little, or in a few pixels a lot."""
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.randn(count, 3, side // 8, side // 8, generator=generator)
-    x = torch.nn.functional.interpolate(coarse, size=side, mode="bilinear")
-    fine = torch.randn(count, 3, side, side, generator=generator)
-    if sparse:
-        fine = fine * 10 * (torch.rand(count, 1, side, side, generator=generator) < 0.01)
-    return (127.5 + 40 * x + 5 * fine).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
-
-
-def test_sliced_wasserstein_finds_the_level_that_differs():
-    real = textures(96, 0)
-    same, sparse = sliced_wasserstein(real, textures(96, 1)), sliced_wasserstein(real, textures(96, 1, sparse=True))
-    assert list(same) == [16, 32, 64]
-    assert sliced_wasserstein(real, real)[64] < 2 * same[64]                    # patches are drawn independently
-    assert sparse[64] > 2 * same[64] and sparse[16] < 2 * same[16]
-    assert sliced_wasserstein(real[:, :8, :8], real[:, :8, :8]) == {}
-
-
-def test_sliced_wasserstein_is_blind_to_brightness_and_contrast():
-    """Each set is normalised per channel, as by Karras et al.: what differs is only the choice of patches."""
-    real = textures(96, 0) // 2
-    brighter = real + 60
-    floor, moved = sliced_wasserstein(real, textures(96, 3) // 2), sliced_wasserstein(real, brighter)
-    assert all(moved[side] < 1.5 * floor[side] for side in floor)
 
 
 def test_scores_that_mean_nothing_are_left_out():
@@ -220,7 +191,7 @@ def test_vectors_have_no_labels_to_agree_with():
 
 
 class Reader:
-    """Pixels, and the class of the nearest of the digits as a probability of 1: a classifier without errors."""
+    """Pixels, classified by the nearest of the digits: a classifier without errors."""
 
     name, identity = "classifier", "classifier x"
 
@@ -229,9 +200,10 @@ class Reader:
         self.known = torch.from_numpy(features.pixel_features(to_images(images)))
 
     def __call__(self, images):
-        values = features.pixel_features(images)
-        nearest = torch.cdist(torch.from_numpy(values), self.known).argmin(dim=1)
-        return values.astype(np.float32), np.eye(10)[self.labels[nearest]]
+        return features.pixel_features(images).astype(np.float32)
+
+    def classify(self, values):
+        return self.labels[torch.cdist(torch.from_numpy(values).double(), self.known).argmin(dim=1)]
 
 
 def test_features_are_compared_with_equal_n_on_all_sides():
@@ -251,15 +223,6 @@ def test_features_are_compared_with_equal_n_on_all_sides():
     with pytest.raises(UserError, match="60 images are too few for 64 features"):
         fid.evaluate(dataset, images[:60], labels[:60], to_images, Reader())
     assert fid.evaluate(dataset, images[:60], labels[:60], to_images, Reader(), force=True)["n"] == 60
-
-
-def test_several_sets_are_averaged_and_shown_with_their_spread():
-    rows = [{"n": 5, "name": "FID-5", "fid": value, "kid": 0.001 * value} for value in (1.0, 2.0, 3.0)]
-    scores = fid.average(rows)
-    assert scores["fid"] == 2 and scores["fid_sets"] == [1, 2, 3] and scores["n"] == 5
-    text = fid.table({**scores, "n_reference": 9, "reference": {"file": "ref.npz", "n": 9}, "codec": "none"})
-    assert "± 1.0000 over 3 sets" in text and "ref.npz: 9 images" in text
-    assert fid.average(rows[:1]) is rows[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -283,7 +246,7 @@ def call(tmp_path, monkeypatch, capsys):
 def test_labels_of_sample_files_are_right_in_batches_of_any_size(format, tmp_path, call):
     train.train(tiny(tmp_path, "out/run", steps=1, ema=0.0), device="cpu")
     call(sample.main, "out/run", "-n", "23", "--batch", "7", "--format", format, "--out", "images")     # of ten classes
-    images, labels = (np.concatenate(part) for part in zip(*gallery.read_samples(tmp_path / "images"), strict=True))
+    images, labels = read_samples(tmp_path / "images")
     assert np.array_equal(labels, np.arange(23) % 10) and images.shape == (23, 8, 8, 1)
     call(sample.main, "out/run", "-n", "23", "--batch", "23", "--out", "whole")
     whole, labels = gallery.read_npz(tmp_path / "whole" / "samples.npz")

@@ -256,7 +256,6 @@ def test_bad_files_are_left_out_of_a_latent_cache_with_a_count(bad_folder, tmp_p
     assert len(header["left_out"]) == 7 and all(any(name in line for line in header["left_out"]) for name in BAD)
     cache = batches.Latents(tmp_path / "cache", header, flip=False)
     assert [bad_folder.names[i] for i in cache.valid] == ["a.png", "b.png", "c.png"]
-    assert torch.isfinite(torch.tensor(header["latent_mean"] + header["latent_std"])).all()
 
 
 def test_a_cache_without_any_image_is_refused(tmp_path, monkeypatch):

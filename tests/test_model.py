@@ -234,15 +234,6 @@ def test_dit_flops_are_the_published_ones():
         assert flops / 2e9 == pytest.approx(published, rel=0.01)
 
 
-@pytest.mark.parametrize("num_scales, causal, unmasked", [(2, 0.688, 0.8125), (3, 0.493, 0.608)])
-def test_attention_cost_relative_to_one_scale(num_scales, causal, unmasked):
-    """Query-key pairs, mean over the stages, in units of a single-scale layer (paper, Appendix C: 0.608)."""
-    for mask, expected in (("causal", causal), ("none", unmasked)):
-        model = meta("S/2", num_scales=num_scales, mask=mask, condition_tokens=False)
-        pairs = sum(attention_pairs(model, mask, stage) for stage in range(num_scales)) / num_scales
-        assert pairs / 256**2 == pytest.approx(expected, abs=1e-3)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # sizes and options
 

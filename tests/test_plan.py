@@ -167,39 +167,18 @@ def test_the_parameters_by_what_is_per_band(printed):
     assert [row[4] for row in printed[1]] == ["612", "680", "680"]
 
 
-def test_a_line_for_each_size_of_model(printed):
-    """Of one scale, the G multiply-adds at 256 tokens are those of DiT's Table 1 but for the time token."""
-    published = {"S/2": (33, 6.06), "B/2": (130, 23.01), "L/2": (457, 80.71), "XL/2": (674, 118.64)}
-    assert len(printed[2]) == 12
-    for size, num_scales, experts, parameters, tokens, flops, flops_mean in printed[2]:
-        cfg = Config(dataset="celebahq", res=256, space="latent", vae="any", size=size, num_scales=int(num_scales),
-                     experts=experts)
-        counts = count_flops(cfg)
-        assert parameters == f"{count_parameters(cfg) / 1e6:.1f}" and flops_mean == f"{mean(counts) / 1e9:.1f}"
-        assert tokens == ("256" if num_scales == "1" else "64, 320")
-        assert flops == ", ".join(f"{count / 1e9:.1f}" for count in counts)
-        if num_scales == "1":
-            assert float(parameters) == pytest.approx(published[size][0], rel=0.02)
-            assert float(flops) / 2 == pytest.approx(published[size][1], rel=0.02)
-
-
-def test_the_attention_of_appendix_c_against_torch_s_counter(printed):
+@pytest.mark.parametrize("num_scales, mask, expected", [
+    (1, "causal", 1), (2, "causal", 0.688), (2, "none", 0.812), (3, "causal", 0.493), (3, "none", 0.608)])
+def test_the_attention_of_appendix_c_by_torch_s_counter(num_scales, mask, expected):
     """Query-key pairs, mean over the stages, in units of one scale; the paper has 0.608 for three without a mask."""
-    table = {row[0]: row[1:] for row in printed[3]}
-    assert table["K = 3"][:2] == ["0.493", "0.608"] and table["K = 2"][:2] == ["0.688", "0.812"]
-    assert table["K = 1"] == ["1.000"] * 3 and len(table) == 4
-    for num_scales in (1, 2, 3):
-        for mask, cell in zip(("causal", "none", "self"), table[f"K = {num_scales}"], strict=True):
-            model = MoTDiT((16, 1, 1, 1), 1, 16, num_scales, mask=mask, condition_tokens=False).to("meta")
-            counts = []
-            for stage in range(num_scales):
-                with FlopCounterMode(display=False) as counter, torch.no_grad():
-                    model(*model.stage_inputs(stage, 1, "meta"))
-                counts.append(sum(count for name, count in counter.get_flop_counts()["Global"].items()
-                                  if "bmm" in str(name)))      # attention's products; all others are addmm
-            whole = 4 * 256**2 * 16                         # q k and a v: two products of 256 x 256 x 16
-            assert plan.attention_share(num_scales, mask) == pytest.approx(mean(counts) / whole)
-            assert cell == f"{mean(counts) / whole:.3f}"
+    model, counts = MoTDiT((16, 1, 1, 1), 1, 16, num_scales, mask=mask, condition_tokens=False).to("meta"), []
+    for stage in range(num_scales):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(*model.stage_inputs(stage, 1, "meta"))
+        counts.append(sum(count for name, count in counter.get_flop_counts()["Global"].items()
+                          if "bmm" in str(name)))           # attention's products; all others are addmm
+    whole = 4 * 256**2 * 16                                 # q k and a v: two products of 256 x 256 x 16
+    assert mean(counts) / whole == pytest.approx(expected, abs=6e-4)
 
 
 def test_dry_runs_have_the_paper_s_numbers():
@@ -249,10 +228,10 @@ def test_flags_find_the_row_of_the_paper(given, name):
 
 
 def test_a_preset_yields_to_the_user():
-    photos = paper.resolve({"dataset": "photos", "batch": 3})
-    assert photos.batch == 3 and photos.res == 64 and photos.out == "out/photos"
+    clothes = paper.resolve({"dataset": "fashion", "batch": 3})
+    assert clothes.batch == 3 and clothes.res == 32 and clothes.out == "out/fashion"
     assert paper.resolve({}).out == "out/digits"
-    assert paper.resolve({"dataset": "photos", "res": 32}).out == "out/photos-32"
+    assert paper.resolve({"dataset": "folder", "res": 32}).out == "out/folder-32"
     assert paper.resolve({"dataset": "celebahq", "res": 512}).latents == "latents/celebahq-512-sd-vae-ft-mse/train"
     with pytest.raises(UserError, match="unknown dataset 'dogs'"):
         paper.resolve({"dataset": "dogs"})
@@ -271,8 +250,8 @@ def test_settings_that_do_not_change_training_are_free():
     """Those of speed, places, samples and records; every other setting makes it another run."""
     free = dict(data="D", latents="L", out="O", steps=5, micro_batch=3, compile=True, shard=True, recompute=True,
                 rtol=0.1, atol=0.1, cfg_scale=2.0, num_samples=9, sample_every=9, eval_every=9, log_every=9,
-                logger="wandb", save_every=9, keep=9, keep_every=9)
-    fixed = dict(dataset="photos", res=16, condition="vectors", vae="V", flip=False, skip_bad=True, init="I", seed=3,
+                logger="tensorboard", save_every=9, keep=9, keep_every=9)
+    fixed = dict(dataset="folder", res=16, condition="vectors", vae="V", flip=False, skip_bad=True, init="I", seed=3,
                  size="32,2,2,2", experts="none", mask="none", condition_tokens=False, starts=(0.0, 0.2), path="gvp",
                  noise="independent", stages="batch", full_range=False, batch=64, lr=0.5, lr_end=0.5, warmup=9,
                  beta2=0.5, weight_decay=0.5, clip=0.5, label_drop=0.5, ema=0.5, precision="bfloat16")

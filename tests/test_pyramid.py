@@ -1,11 +1,8 @@
-import sys
 
 import pytest
 import torch
-from PIL import Image
 
 import config
-from extras import split
 from pyramid import PYRAMIDS, decompose, down, reconstruct, up
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -77,26 +74,3 @@ def test_bands_of_white_noise_have_the_stated_std_and_are_uncorrelated():
             assert band.std().item() == pytest.approx(std, rel=0.01)
     coarse, fine = decompose(x, 2, "haar")
     assert abs(torch.corrcoef(torch.stack([up(coarse).flatten(), fine.flatten()]))[0, 1]) < 1e-3
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# python -m extras.split
-
-
-def test_script_draws_a_picture(tmp_path, monkeypatch, capsys):
-    Image.new("RGB", (50, 33), (200, 10, 90)).save(tmp_path / "image.png")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["split.py", "image.png", "--out", "bands.png"])
-    split.main()
-    text = capsys.readouterr().out
-    assert "largest reconstruction error" in text and "48 x 32, in bands [(8, 12)" in text
-    assert Image.open(tmp_path / "bands.png").width > 300
-
-
-def test_script_names_what_it_cannot_read_or_write(give_up, tmp_path):
-    (tmp_path / "text.png").write_text("no image")
-    for arguments, words in ((["text.png"], "text.png"), (["missing.png"], "missing.png"),
-                             (["--out", "nowhere/x.png"], "cannot write nowhere/x.png"),
-                             (["--out", "x.foo"], "cannot write x.foo"), (["--num-scales", "0"], "between 1 and 8"),
-                             (["--pyramid", "wavelet"], "invalid choice: 'wavelet'")):
-        assert words in give_up("extras.split", *arguments)

@@ -34,6 +34,7 @@ from conftest import (
     needs_fork,
     random_model,
     same,
+    settings_of,
     start,
     state,
     tiny,
@@ -325,23 +326,21 @@ def test_two_processes_draw_the_images_of_one(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_torchrun_trains_what_python_trains(tmp_path):
     """From the command line, scores included: printed once, equal losses, exit code 0."""
-    common = [*FLAGS, "--steps", "10", "--log-every", "1"]
-    out = finished(start(tmp_path, *common, "--out", "two", "--micro-batch", "3"))
+    out = finished(start(tmp_path, *FLAGS, "--steps", "10", "--log-every", "1", "--out", "two", "--micro-batch", "3"))
     assert "12 images = 2 x 2 x 3 " in out and out.count("frechet_pixel") == 1
     assert "Warning" not in out and "Traceback" not in out
-    finished(start(tmp_path, *common, "--out", "one", processes=1))
+    train.train(settings_of(tmp_path / "two", out=str(tmp_path / "one"), micro_batch=0), device="cpu")
     for a, b in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
         assert a == pytest.approx(b, rel=1e-5)
     assert close(weights(tmp_path / "one"), weights(tmp_path / "two"), atol=2e-5)
 
 
+@needs_fork
 @pytest.mark.slow
-@pytest.mark.parametrize("stages", ["batch", "stratified"])
-@pytest.mark.skipif(not Path("/proc").exists(), reason="finds the worker through /proc")
-def test_a_killed_worker_restarts_and_ends_with_the_same_weights(tmp_path, stages):
+def test_a_killed_worker_restarts_and_ends_with_the_same_weights(tmp_path):
     """torchrun --max-restarts: kill -9 between two checkpoints; the end is that of the undisturbed run, bit for bit."""
-    common = [*FLAGS, "--steps", "120", "--save-every", "10", "--log-every", "10", "--stages", stages]
-    process = start(tmp_path, *common, "--out", "killed", torchrun=["--max-restarts=2"])
+    process = start(tmp_path, *FLAGS, "--steps", "80", "--save-every", "10", "--log-every", "10", "--stages", "batch",
+                    "--out", "killed", torchrun=["--max-restarts=2"])
     try:
         at_first_checkpoint(tmp_path / "killed")
         os.kill(worker(process.pid, 1), signal.SIGKILL)
@@ -349,7 +348,7 @@ def test_a_killed_worker_restarts_and_ends_with_the_same_weights(tmp_path, stage
     finally:
         process.kill()
     assert "continuing killed at step" in out
-    finished(start(tmp_path, *common, "--out", "whole"))
+    train_by(2, settings_of(tmp_path / "killed", out=str(tmp_path / "whole")), tmp_path)
     assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 

@@ -111,7 +111,7 @@ def test_what_the_text_says_of_digits_is_what_the_table_says():
 def test_every_score_is_explained():
     names = {name for row in PAGES["docs/scores.md"].splitlines() if row.startswith("| `")
              for name in re.findall(r"`(\w+)`", row.split("|")[1])}
-    assert set(table.MEANING) | {"swd_N"} <= names
+    assert set(table.MEANING) <= names
 
 
 def test_the_estimates_for_24_gb():
@@ -256,6 +256,7 @@ def test_forks_are_small():
     assert len(files["data"]) == 3 and len(files["method"]) == 3
 
 
+@pytest.mark.slow
 def test_forks_train(tmp_path):
     """All five in one copy: each trains, samples and is scored. This code refuses the run of another pyramid."""
     fork = copy(tmp_path / "fork", *FORKS)
@@ -286,6 +287,7 @@ def test_forks_train(tmp_path):
 def test_the_tests_pass_on_a_copy_with_all_forks(tmp_path):
     """All fast ones but those of sizes and of this README, and those that no fork here can reach, for their time."""
     folder = copy(tmp_path / "fork", *FORKS)
-    again = [f"--ignore=tests/test_{name}.py" for name in ("readme", "house", "gpu", "features", "ranks", "plan",
-                                                               "bench", "images", "card", "demo", "notebook")]
+    again = [f"--ignore=tests/test_{name}.py" for name in (
+        "readme", "house", "gpu", "features", "ranks", "plan", "bench", "images", "card", "demo", "notebook", "latents",
+        "graphs", "crops", "mini")]
     run(folder, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *again, limit=1800)

@@ -4,11 +4,11 @@ import torch
 
 from baselines import lapflow
 from config import Config, UserError
-from conftest import random_model
-from data.batches import ImageRandom
+from conftest import ROOT, random_model
+from data.batches import ImageRandom, digits
 from data.conditions import Labels
 from pyramid import decompose, reconstruct
-from run import gallery
+from run import checkpoint, gallery
 from run.load import Run
 from run.solver import share_steps
 from sample import Guided, generate, solve
@@ -56,10 +56,10 @@ class GaussianOracle:
         return out
 
 
-def flow_matrix(schedule, mask, **solver):
+def flow_matrix(schedule, mask, covariance=None, **solver):
     """The flow is linear, x_1 = M n: solving it for the basis vectors of n gives M, and M M^T is the covariance."""
     basis = torch.eye(SIDE**2, dtype=torch.float64).view(-1, 1, SIDE, SIDE)
-    oracle = GaussianOracle(schedule, smooth_covariance(), mask)
+    oracle = GaussianOracle(schedule, smooth_covariance() if covariance is None else covariance, mask)
     bands, nfe = solve(oracle, decompose(basis, schedule.num_scales), schedule, **solver)
     assert nfe > 0
     return [band.flatten(1).T for band in bands], reconstruct(bands).flatten(1).T
@@ -82,6 +82,21 @@ def test_causal_oracle_reproduces_the_coarsest_band(starts):
     assert (bands[0] @ bands[0].T - coarse).norm() / coarse.norm() < 1e-3
     # the finer bands are not exact: that is what the mask costs (a few per cent)
     assert 1e-3 < (flow @ flow.T - covariance).norm() / covariance.norm() < 0.1
+
+
+@pytest.mark.parametrize("start", ["0.1", "0.5", "0.9"])
+@pytest.mark.parametrize("data", ["digits", "correlation 0.9 per pixel"])
+def test_the_mask_costs_what_the_results_say(data, start):
+    """docs/results.md, What the mask costs: the error of the covariance of both bands."""
+    place = torch.stack(torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij"), -1).view(-1, 2).double()
+    pixels = torch.from_numpy(digits().pixels.reshape(-1, SIDE**2) / 127.5)
+    covariance = pixels.T.cov() if data == "digits" else 0.25 * 0.9 ** torch.cdist(place, place)
+    bands, _ = flow_matrix(Schedule((0.0, float(start))), "causal", covariance, rtol=1e-6, atol=1e-6)
+    flow, p = torch.cat(bands), torch.cat(pyramid_matrices(2))
+    target = p @ covariance @ p.T
+    recorded = [row for row in checkpoint.read_lines([ROOT / "results" / "mask_cost.jsonl"]) if row["data"] == data]
+    assert [row["causal"] for row in recorded] == [True, False]
+    assert (flow @ flow.T - target).norm() / target.norm() == pytest.approx(recorded[0]["errors"][start], rel=0.01)
 
 
 @pytest.mark.parametrize("solver, order", [("euler", 1), ("midpoint", 2), ("heun", 2), ("rk2", 2), ("rk4", 4)])

@@ -7,7 +7,6 @@ import gzip
 import io
 import json
 import pickle
-import re
 import resource
 import zipfile
 import zlib
@@ -308,7 +307,7 @@ def test_configurations_from_anywhere(values):
         outcome(lambda: baselines.SYSTEMS[cfg.method].schedule(cfg))
 
 
-FLAGS = ["--" + name.replace("_", "-") for name in SETTINGS] + ["--preset", "--pixel", "--latent", "--no-flip", "--x"]
+FLAGS = ["--" + name.replace("_", "-") for name in SETTINGS] + ["--preset", "--no-flip", "--x"]
 WORDS = st.sampled_from([str(n) for n in NUMBERS[:-1]] + TEXTS + [
     "0,0.5", "0,nan", ",", "1e-3", "0x10", "1_0", "9" * 5000, "digits", "imagenet-256-XL", "celebahq-256-lfm"])
 PARSER = config.parser("", "python train.py")
@@ -329,7 +328,7 @@ def test_command_lines(pairs):
         outcome(lambda: baselines.SYSTEMS[cfg.method].schedule(cfg))
 
 
-@pytest.mark.parametrize("line", [[], ["--latent", "--dataset", "folder"], ["--preset", "imagenet-256-XL"]])
+@pytest.mark.parametrize("line", [[], ["--space", "latent", "--dataset", "folder"], ["--preset", "imagenet-256-XL"]])
 def test_good_command_lines_are_taken(line):                # or the one above would test nothing
     assert isinstance(paper.resolve(vars(PARSER.parse_args(line))), Config)
 
@@ -549,7 +548,7 @@ def test_damaged_references(tmp_path_factory, edits, member):
     assert read is None or read.cov.shape == 2 * read.mean.shape
 
 
-JOB = {"num": 4, "seed": 0, "format": "png"}
+JOB = {"num": 4, "seed": 0, "format": "shards"}
 REPORT = {"num": 2, "seed": 0, "batch": 2, "solver": "heun", "steps": 4, "cfg_scale": 1.0, "nfe_segments": [4.0, 4.0],
           "nfe": 8.0, "forwards": 8.0, "seconds_per_image": 0.1, "weights": "ema", "step": 5, "run": "x",
           "device": "cpu"}
@@ -559,8 +558,8 @@ REPORT = {"num": 2, "seed": 0, "batch": 2, "solver": "heun", "steps": 4, "cfg_sc
 @given(changes(list(JOB)), changes(list(REPORT)), changes(["first", "count"]))
 def test_jobs_and_reports_of_anything(tmp_path_factory, job, report, note):
     folder = Path(tmp_path_factory.getbasetemp()) / "gallery"
-    (folder / "png").mkdir(parents=True, exist_ok=True)
-    (folder / "png" / "00000000.png").write_bytes(IMAGES[0])
+    folder.mkdir(exist_ok=True)
+    gallery.save_npz(folder / "shard-00000000.npz", np.zeros((4, 4, 4, 3), np.uint8), None)
     (folder / "job.json").write_text(json.dumps(changed(JOB, job)))
     (folder / "report.json").write_text(json.dumps(changed(REPORT, report)))
     (folder / "notes-0.jsonl").write_text(json.dumps(changed({"first": 0, "count": 4}, note)))
@@ -714,12 +713,12 @@ def test_paths_in_headers_and_jobs_are_not_followed(tmp_path, cache, monkeypatch
     opened = []
     monkeypatch.setattr(sources, "open_source", lambda *a: opened.append(a) or (_ for _ in ()).throw(UserError("x")))
     assert cached(cache, json.dumps({**HEADER, "where": str(tmp_path)}).encode()) is not None and not opened
-    for format in ("../..", str(tmp_path), "png/../.."):
+    for format in ("../..", str(tmp_path), "shards/../.."):
         (tmp_path / "job.json").write_text(json.dumps({**JOB, "format": format}))
         (tmp_path / "notes-0.jsonl").write_text('{"first": 0, "count": 4}')
         outcome(lambda: gallery.open_samples(tmp_path))
     assert all(Path(where).resolve().is_relative_to(tmp_path) for _, where in opened)
-    assert not gallery.Gallery(tmp_path, {}, "shards", None).written({"first": 0, "count": 1})
+    assert not gallery.Gallery(tmp_path, {}, "shards", None).file({"first": 0}).exists()
     (tmp_path / "notes-0.jsonl").write_text('{"first": "../../x", "count": 1}')
     assert gallery.Gallery(tmp_path, {}, "shards", None).notes() == []
 
@@ -729,18 +728,16 @@ def test_torchscript_needs_a_known_hash_or_trust(tmp_path, monkeypatch):
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), str(file))
     loaded = []
     monkeypatch.setattr(torch.jit, "load", lambda path, **k: loaded.append(path) or torch.nn.Linear(2, 2))
-    for kind in (features.Inception, features.DINOv2):
-        with pytest.raises(UserError, match="can run any code.*--trust"):
-            kind(str(file))
-        assert not loaded
-        kind(str(file), trust=True)
-        assert loaded.pop() == file
+    with pytest.raises(UserError, match="can run any code.*--trust"):
+        features.Inception(str(file))
+    assert not loaded
+    features.Inception(str(file), trust=True)
+    assert loaded.pop() == file
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    monkeypatch.setattr(features.urllib.request, "urlretrieve", lambda url, to: Path(to).write_bytes(b"other"))
-    with pytest.raises(UserError, match="has another SHA-256"):
+    monkeypatch.setattr(features, "INCEPTION_URL", file.as_uri())
+    with pytest.raises(UserError, match="invalid hash value"):
         features.Inception()
     assert not loaded and not list((tmp_path / "hub" / "checkpoints").iterdir())
-    assert re.fullmatch(r"[\w-]+/[\w-]+:[0-9a-f]{40}", features.DINOV2)         # a commit, not a branch
 
 
 def calls_of(tree):

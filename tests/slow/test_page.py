@@ -76,8 +76,8 @@ def check(html: str) -> Page:
     return read
 
 
-def test_the_page_of_this_repository(run_script, tmp_path):
-    run_script("docs.page", tmp_path / "index.html")
+def test_the_page_of_this_repository(program, tmp_path):
+    program("docs.page", tmp_path / "index.html")
     html = (tmp_path / "index.html").read_text()
     read = check(html)
     assert len(html) < 600_000
