@@ -131,8 +131,8 @@ def judge(extractor: Callable, real: np.ndarray, real_labels: np.ndarray, fake: 
           fake_labels: np.ndarray | None = None, force: bool = False) -> dict:
     """Scores in the features of a network, of as many images on both sides; fake_labels: (N,) or None."""
     a, b = (features.apply(extractor, images) for images in (real, fake))
-    how = {"extractor": extractor.identity, "n": len(a)}
-    scores = {**how, **compare(*(Statistics(*statistics(x), x, how) for x in (b, a)), force)}
+    how = {"extractor": extractor.identity}
+    scores = {**compare(*(Statistics(*statistics(x), x, {**how, "n": len(x)}) for x in (b, a)), force), **how}
     if fake_labels is None:
         return scores
     pixels = class_variance(pixel_features(real), real_labels, pixel_features(fake), fake_labels)

@@ -135,7 +135,8 @@ class Dataset:
     """What training needs of data. A data set also has
 
     channels, side      of what the network sees: pixels or latents
-    read(index, u)      the raw batch and its condition y (or None), on the CPU; u (B, 3) uniform decides mirroring
+    read(index, u)      the raw batch and its condition y (or None), on the CPU; u (B, 3) uniform: the first number
+                        decides mirroring, the others are free, for crops
     """
 
     classes: list[str]                                      # names of the labels; none: unconditional, or vectors

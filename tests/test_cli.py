@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from conftest import ROOT
+from scores import classifier
 
 QUICK = ["--size", "32,2,2,2", "--steps", "6", "--batch", "16", "--solver", "midpoint", "--solver-steps", "4"]
 
@@ -175,9 +176,10 @@ def make_inputs(folder) -> None:
 
 
 @pytest.mark.slow
-def test_every_command_of_the_pages_runs(program, tmp_path):
+def test_every_command_of_the_pages_runs(program, tmp_path, monkeypatch):
     """In their order, in one directory, where the digits are the newest run as a page begins. Training is shortened."""
     make_inputs(tmp_path)
+    monkeypatch.setitem(classifier.SETTINGS, "most", 20)
     pages = {page: commands_of(page) for page in ("README.md", "docs/scores.md", "docs/paper.md", "docs/results.md")}
     assert {"python train.py", "python sample.py", "python fid.py", "python -m studies.plan"} <= {
         command for commands in pages.values() for command in commands}

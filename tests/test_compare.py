@@ -221,6 +221,7 @@ def test_a_comparison_continues_and_writes_its_table(program, tmp_path):
     assert (tmp_path / "out/compare/noise.png").exists() and (tmp_path / "out/compare/noise.md").exists()
 
 
+@pytest.mark.slow
 def test_fashion_is_judged_by_its_classifier(tmp_path, monkeypatch):
     """And by EfficientNet, on the same images as in pixels."""
     import train

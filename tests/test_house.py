@@ -3,8 +3,6 @@
 import ast
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parent.parent
 READING_PATH = ("pyramid", "schedule", "model", "train", "sample")
 FLOORS = {"config": 0, "pyramid": 0, "schedule": 1, "model": 1, "data.conditions": 1, "mini": 2, "baselines": 2,
@@ -132,15 +130,13 @@ def test_config_and_the_presets_load_without_torch():
 # habits
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_nothing_touches_the_path_of_imports(name):
-    for node in ast.walk(TREES[name]):
+def test_nothing_touches_the_path_of_imports():
+    for name, node in ((name, node) for name, tree in TREES.items() for node in ast.walk(tree)):
         assert not (isinstance(node, ast.Attribute) and ast.unparse(node) in ("sys.path", "site.addsitedir")), name
         assert not (isinstance(node, ast.ImportFrom) and node.module == "sys"), name
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_parsers_are_built_inside_functions(name):
+def test_parsers_are_built_inside_functions():
     def calls(node):
         """Of what runs when the file is imported: not inside functions, not under __name__ == "__main__"."""
         for child in ast.iter_child_nodes(node):
@@ -150,16 +146,16 @@ def test_parsers_are_built_inside_functions(name):
                     yield ast.unparse(child.func)
                 yield from calls(child)
 
-    wrong = [call for call in calls(TREES[name]) if call.split(".")[-1] in (
+    wrong = [f"{name} calls {call}" for name, tree in TREES.items() for call in calls(tree) if call.split(".")[-1] in (
         "ArgumentParser", "parser", "add_argument", "parse_args", "add_config_flags", "add_sampling_flags")]
     assert wrong == []
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_programs_end_in_one_way(name):
-    blocks = [node for node in TREES[name].body if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)]
-    assert len(blocks) <= 1 and all(block is TREES[name].body[-1] for block in blocks)
-    assert all(ast.unparse(block.body) == "config.run(main)" for block in blocks)
+def test_programs_end_in_one_way():
+    for name, tree in TREES.items():
+        blocks = [node for node in tree.body if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)]
+        assert len(blocks) <= 1 and all(block is tree.body[-1] for block in blocks), name
+        assert all(ast.unparse(block.body) == "config.run(main)" for block in blocks), name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
