@@ -17,12 +17,15 @@ from dataclasses import dataclass
 DATASETS = ("digits", "fashion", "folder", "celebahq", "imagenet")
 METHODS = ("lapflow", "lfm", "pyramidal", "pyramidal-zero-overlap", "pixelflow", "edify", "edify-plain", "dfm",
            "separate")
+SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}  # hidden_size, depth, heads
 PRECISIONS = ("float32", "bfloat16")
 SOLVERS = ("dopri5", "euler", "midpoint", "heun", "rk2", "rk4")                  # rk2 is heun
+LAPFLOW = ("experts", "noise", "full_range", "concat_coarse")                   # settings that no other system has
 PYRAMIDS = ("haar",)                                        # those of pyramid.py
 CHOICES = {"dataset": DATASETS, "space": ("pixel", "latent"), "noise": ("pyramid", "independent"),
            "stages": ("stratified", "batch"), "precision": PRECISIONS, "logger": ("", "tensorboard"),
-           "method": METHODS, "pyramid": PYRAMIDS, "condition": ("labels", "vectors")}
+           "method": METHODS, "pyramid": PYRAMIDS, "block": ("dit", "modern"), "times": ("uniform", "logit-normal"),
+           "condition": ("labels", "vectors")}
 
 
 class UserError(ValueError):
@@ -41,6 +44,23 @@ def run(main: Callable[[], None]) -> None:
         main()
     except UserError as problem:
         sys.exit(f"error{' in process ' + os.environ['RANK'] if 'RANK' in os.environ else ''}: {problem}")
+
+
+def parse_size(size: str | tuple) -> tuple[int, int, int, int]:
+    """(hidden_size, depth, num_heads, patch_size) of a table name like "B/2", of "128,4,4,2", or of such a tuple."""
+    try:
+        if isinstance(size, str) and "/" in size:
+            name, patch = size.split("/")
+            size = (*SIZES[name], patch)
+        hidden_size, depth, num_heads, patch = (int(n) for n in (size.split(",") if isinstance(size, str) else size))
+        if min(hidden_size, depth, num_heads, patch) < 1 or hidden_size % (4 * num_heads) or (
+                max(hidden_size, patch) > 2**14 or depth > 512):
+            raise ValueError
+    except (KeyError, ValueError):
+        raise UserError(f"unknown model size {size!r}; use one of {', '.join(SIZES)} with a patch size, like B/2, or "
+                        "four numbers hidden_size,depth,num_heads,patch_size with hidden_size divisible by 4 * "
+                        "num_heads, depth at most 512, like 128,4,4,2") from None
+    return hidden_size, depth, num_heads, patch
 
 
 def option(default: str | int | float | tuple, help: str, free: bool = False) -> dataclasses.Field:
@@ -74,6 +94,8 @@ class Config:
     experts: str = option("full", "what is per band: full, qkv or none")
     mask: str = option("causal", "bands a band reads: causal (itself and coarser), none (all) or self")
     condition_tokens: bool = option(True, "time and label also as tokens in front of the sequence")
+    block: str = option("dit", "dit, as the paper, or modern: QK-norm, rotary positions, SwiGLU")
+    concat_coarse: bool = option(False, "finer bands also take in the coarser image at their place")
     # schedule
     pyramid: str = option("haar", "how images are split into bands: haar")
     starts: tuple[float, ...] = option((), "start time of each band, like 0,0.5 (default: i/K)")
@@ -81,6 +103,7 @@ class Config:
     noise: str = option("pyramid", "pyramid (bands of one white image) or independent")
     stages: str = option("stratified", "stratified (each stage a share of each batch) or batch (one, as the paper)")
     full_range: bool = option(True, "train stage s on [T_s, 1], as the paper; otherwise on [T_s, T_(s+1)]")
+    times: str = option("uniform", "of training: uniform, as the paper, or logit-normal (DFM has its own)")
     # training
     steps: int = option(1000, "optimizer steps", free=True)
     batch: int = option(128, "images per optimizer step, over all processes")
@@ -147,8 +170,7 @@ class Config:
             raise UserError(f"stratified stages need a batch of at least {self.num_scales} images, one for each stage, "
                             f"not {self.batch}")
         if self.method != "lapflow":
-            lapflow = ["experts", "noise", "full_range"]
-            for name in lapflow + ([] if self.method == "separate" else ["pyramid", "mask", "path"]):
+            for name in LAPFLOW + (() if self.method == "separate" else ("pyramid", "mask", "path")):
                 if getattr(self, name) != getattr(Config, name):
                     raise UserError(f"{name} belongs to LapFlow: leave it out with --method {self.method}")
         if self.method == "lfm" and self.num_scales != 1:

@@ -20,29 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from config import UserError
+from config import UserError, parse_size
 from data.conditions import Labels
+from pyramid import reconstruct
+from run.modern import SwiGLU, rotary_angles, rotate
 
-SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}  # hidden_size, depth, heads
 EXPERTS = ("full", "qkv", "none")
 MASKS = ("causal", "none", "self")
-
-
-def parse_size(size: str | tuple) -> tuple[int, int, int, int]:
-    """(hidden_size, depth, num_heads, patch_size) of a table name like "B/2", of "128,4,4,2", or of such a tuple."""
-    try:
-        if isinstance(size, str) and "/" in size:
-            name, patch = size.split("/")
-            size = (*SIZES[name], patch)
-        hidden_size, depth, num_heads, patch = (int(n) for n in (size.split(",") if isinstance(size, str) else size))
-        if min(hidden_size, depth, num_heads, patch) < 1 or hidden_size % (4 * num_heads) or (
-                max(hidden_size, patch) > 2**14 or depth > 512):
-            raise ValueError
-    except (KeyError, ValueError):
-        raise UserError(f"unknown model size {size!r}; use one of {', '.join(SIZES)} with a patch size, like B/2, or "
-                        "four numbers hidden_size,depth,num_heads,patch_size with hidden_size divisible by 4 * "
-                        "num_heads, depth at most 512, like 128,4,4,2") from None
-    return hidden_size, depth, num_heads, patch
 
 
 def check_model(resolution: int, num_scales: int, p: int, experts: str, mask: str) -> None:
@@ -143,9 +127,9 @@ class MoTBlock(nn.Module):
     # not in paper: its text says QKV, modulation and feed-forward; its parameter counts fit QKV alone. Both are here.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, num_scales: int, experts: str, mask: str):
+    def __init__(self, hidden_size: int, num_heads: int, num_scales: int, experts: str, mask: str, block: str):
         super().__init__()
-        self.num_heads, self.mask = num_heads, mask
+        self.num_heads, self.mask, self.modern = num_heads, mask, block == "modern"
         full = num_scales if experts == "full" else 1
         qkv = num_scales if experts != "none" else 1
         d = hidden_size
@@ -154,11 +138,14 @@ class MoTBlock(nn.Module):
         self.qkv = nn.ModuleList(nn.Linear(d, 3 * d) for _ in range(qkv))
         self.proj = nn.ModuleList(nn.Linear(d, d) for _ in range(full))
         self.mlp = nn.ModuleList(
+            SwiGLU(d) if self.modern else
             nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(approximate="tanh"), nn.Linear(4 * d, d)) for _ in range(full)
         )
+        if self.modern:
+            self.qk_norm = nn.ParameterList(torch.ones(2, d // num_heads) for _ in range(qkv))
 
-    def forward(self, xs: list[Tensor], c: Tensor, num_cond: int) -> list[Tensor]:
-        """xs: a list over the active bands of (B, N_i, D); c: (B, D), after its SiLU."""
+    def forward(self, xs: list[Tensor], c: Tensor, num_cond: int, angles: list[Tensor]) -> list[Tensor]:
+        """xs: a list over the active bands of (B, N_i, D); c: (B, D), after its SiLU; angles: (N_i, hd/2)."""
         own = [i % len(self.proj) for i in range(len(xs))]      # band i's expert, or 0: the one that all bands share
         parts = [m(c)[:, None].chunk(6, dim=-1) for m in self.modulation[: len(xs)]]    # 6 x (B, 1, D) each
         q, k, v = [], [], []
@@ -167,6 +154,9 @@ class MoTBlock(nn.Module):
             qkv = self.qkv[i % len(self.qkv)](modulate(self.norm(x), shift, scale))     # (B, N_i, 3D)
             for column, part in zip((q, k, v), qkv.chunk(3, dim=2), strict=True):
                 column.append(part.unflatten(2, (self.num_heads, -1)).transpose(1, 2))  # (B, nh, N_i, hd)
+            if self.modern:
+                q[i], k[i] = (rotate(F.rms_norm(part, gain.shape, gain, eps=1e-6), angles[i])
+                              for part, gain in zip((q[i], k[i]), self.qk_norm[i % len(self.qkv)], strict=True))
         out = []
         for i, a in enumerate(attention(q, k, v, self.mask, num_cond)):             # (B, nh, N_i, hd)
             _, _, gate, shift2, scale2, gate2 = parts[own[i]]
@@ -201,37 +191,44 @@ class MoTDiT(nn.Module):
     mask           which bands a band reads: causal | none | self
     condition_tokens   also put the time and condition embeddings in front of band 0, where every band reads them
     condition      hidden_size -> Labels or Vectors, in place of num_classes
+    block          dit, or modern: RMS norm of queries and keys, rotary positions, SwiGLU.  # not in paper
+    concat_coarse  tokens of band i > 0 also see the coarser bands, summed by this pyramid.  # not in paper
 
     Raises UserError for a size, a resolution or an option that does not work. The untrained model returns zeros.
     """
 
     def __init__(self, size: str | tuple = "B/2", in_channels: int = 4, resolution: int = 32, num_scales: int = 2,
                  num_classes: int = 0, experts: str = "full", mask: str = "causal", condition_tokens: bool = True,
-                 condition: Callable[[int], nn.Module] | None = None):
+                 condition: Callable[[int], nn.Module] | None = None, block: str = "dit", concat_coarse: bool = False,
+                 pyramid: str = "haar"):
         super().__init__()
         d, depth, num_heads, p = parse_size(size)
         check_model(resolution, num_scales, p, experts, mask)
         if num_classes and condition is None:
             condition = partial(Labels, [str(label) for label in range(num_classes)])
-        self.hidden_size, self.depth, self.patch_size = d, depth, p
+        self.hidden_size, self.head_dim, self.depth, self.patch_size = d, d // num_heads, depth, p
         self.in_channels, self.resolution, self.num_scales = in_channels, resolution, num_scales
+        self.pyramid = pyramid if concat_coarse else None
         self.recompute = False                              # in backward, block by block: less memory, more time
 
         grids = [resolution // p // 2**k for k in reversed(range(num_scales))]      # tokens along a side of each band
         self.num_tokens = [grid**2 for grid in grids]                               # N_i
         self.compute_positions()
-        self.patch_in = nn.ModuleList(nn.Linear(in_channels * p * p, d) for _ in grids)
+        self.patch_in = nn.ModuleList(
+            nn.Linear((1 + (concat_coarse and i > 0)) * in_channels * p * p, d) for i in range(num_scales))
         self.time = TimestepEmbedder(d)
         self.condition = condition(d) if condition else None
         self.num_classes = len(getattr(self.condition, "classes", ()))              # also the null label
         self.num_cond = (1 + (self.condition is not None)) if condition_tokens else 0
-        self.blocks = nn.ModuleList(MoTBlock(d, num_heads, num_scales, experts, mask) for _ in range(depth))
+        self.blocks = nn.ModuleList(MoTBlock(d, num_heads, num_scales, experts, mask, block) for _ in range(depth))
         self.patch_out = nn.ModuleList(FinalLayer(d, in_channels * p * p) for _ in grids)
         self.initialize()
 
     def compute_positions(self) -> None:
         for i, count in enumerate(self.num_tokens):         # not stored with the weights
-            self.register_buffer(f"positions_{i}", sincos_positions(self.hidden_size, isqrt(count)), persistent=False)
+            grid, finest = isqrt(count), isqrt(self.num_tokens[-1])
+            self.register_buffer(f"positions_{i}", sincos_positions(self.hidden_size, grid), persistent=False)
+            self.register_buffer(f"angles_{i}", rotary_angles(self.head_dim, grid, finest), persistent=False)
 
     def initialize(self) -> None:
         """As DiT: Xavier everywhere, small embeddings, zero modulation and output: blocks start as the identity."""
@@ -253,10 +250,13 @@ class MoTDiT(nn.Module):
 
         y is None for an unconditional model, and means the null condition for a conditional one.
         """
-        p = self.patch_size
+        p, inputs = self.patch_size, list(bands)
+        for i, x in enumerate(bands[1:] if self.pyramid else (), 1):
+            coarser = reconstruct([*bands[:i], torch.zeros_like(x)], self.pyramid)
+            inputs[i] = torch.cat([x, coarser], dim=1)                              # (B, 2C, H_i, W_i)
         xs = [
             self.patch_in[i](patchify(x, p)) + getattr(self, f"positions_{i}")      # (B, N_i, D)
-            for i, x in enumerate(bands)
+            for i, x in enumerate(inputs)
         ]
         xs, c = self.trunk(xs, self.time(t), y)
         return [
@@ -264,8 +264,9 @@ class MoTDiT(nn.Module):
             for i, (x, band) in enumerate(zip(xs, bands, strict=True))
         ]
 
-    def trunk(self, xs: list[Tensor], time: Tensor, y: Tensor | None) -> tuple[list[Tensor], Tensor]:
-        """Condition tokens and all blocks. xs: for each band (B, N_i, D); time (B, D). Returns xs, and c (B, D)."""
+    def trunk(self, xs: list[Tensor], time: Tensor, y: Tensor | None, first: int = 0) -> tuple[list[Tensor], Tensor]:
+        """Condition tokens and all blocks. xs: from band `first` on (B, N_i, D); time (B, D). Returns xs, c (B, D)."""
+        angles = [getattr(self, f"angles_{first + i}") for i in range(len(xs))]
         b, c, tokens = len(time), time, [time[:, None]]
         if self.condition is not None:
             y = self.condition.null(self.condition.draw(b).to(c.device)) if y is None else y
@@ -275,11 +276,12 @@ class MoTDiT(nn.Module):
         c = F.silu(c)
         if self.num_cond:
             xs[0] = torch.cat([*(token.expand(b, -1, -1) for token in tokens), xs[0]], dim=1)   # (B, num_cond + N_0, D)
+            angles = [F.pad(angles[0], (0, 0, self.num_cond, 0)), *angles[1:]]      # condition tokens are not turned
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
-                xs = checkpoint(block, xs, c, self.num_cond, use_reentrant=False)
+                xs = checkpoint(block, xs, c, self.num_cond, angles, use_reentrant=False)
             else:
-                xs = block(xs, c, self.num_cond)
+                xs = block(xs, c, self.num_cond, angles)
         xs[0] = xs[0][:, self.num_cond :]
         return xs, c
 

@@ -40,6 +40,7 @@ class Schedule:
     stages   batch: one stage for a whole batch, as the paper. stratified: row g of a batch trains stage g mod K,
              the same cost with less variance.  # not in paper
     full_range   stage s trains on [T_s, 1], as the paper; False: on its segment [T_s, T_(s+1)].  # not in paper
+    times    of training within these: uniform, as the paper, or logit-normal (Esser et al. 2024).  # not in paper
 
     Raises UserError when the starts do not increase from 0 to below 1.
     """
@@ -50,6 +51,7 @@ class Schedule:
     noise: str = "pyramid"
     stages: str = "batch"
     full_range: bool = True
+    times: str = "uniform"
 
     def __post_init__(self):
         starts = tuple(self.starts)
@@ -110,6 +112,10 @@ class Schedule:
         """x_0 as bands, for images (C, H, W); rng is a source of Gaussians, rng.randn(*shape) -> (B, *shape)."""
         return self.split(rng.randn(*shape)) if self.noise == "pyramid" else white_bands(rng, shape, self.num_scales)
 
+    def draw_times(self, rng) -> Tensor:
+        """Where in its interval each row trains, (B,) in [0, 1]."""
+        return rng.rand() if self.times == "uniform" else rng.randn().sigmoid()
+
     def stage_of_rows(self, rng) -> np.ndarray:
         """The stage (B,) that each row of this process trains; rng is a `data.batches.BatchRandom`."""
         if self.stages == "batch":
@@ -138,7 +144,7 @@ def loss(model: Callable, x1: Tensor, y: Tensor | None, schedule: Schedule,
     """
     x0 = schedule.draw_noise(rng, x1.shape[1:])             # K bands
     x1 = schedule.split(x1)
-    stage, u = schedule.stage_of_rows(rng), rng.rand()      # (B,) each
+    stage, u = schedule.stage_of_rows(rng), schedule.draw_times(rng)            # (B,) each
     total, errors = 0.0, [[] for _ in schedule.starts]
     for s, rows in stage_rows(stage, u.device):
         start, end = schedule.segments[s]

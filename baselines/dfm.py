@@ -81,7 +81,7 @@ class Decomposable(Schedule):
             x = widen(x) + band
         return x
 
-    def times(self, clock: float | Tensor, phase: int) -> tuple[list, list]:
+    def band_times(self, clock: float | Tensor, phase: int) -> tuple[list, list]:
         """t_i of bands 0..phase at a moment of the clock, and their rates."""
         start, end = self.segments[phase]
         levels, ends = [], []                               # of each active band, as the phase begins and ends
@@ -100,9 +100,9 @@ class SumDiT(MoTDiT):
     """One plain DiT whose tokens are sums over the bands. The patch size of `size` is that of the finest band."""
 
     def __init__(self, size: str | tuple, in_channels: int, resolution: int, num_scales: int,
-                 condition: Callable | None, condition_tokens: bool):
+                 condition: Callable | None, condition_tokens: bool, block: str):
         super().__init__(size, in_channels, resolution, 1, experts="none", condition_tokens=condition_tokens,
-                         condition=condition)
+                         condition=condition, block=block)
         d, p, self.num_scales = self.hidden_size, self.patch_size, num_scales
         if p % 2 ** (num_scales - 1):
             raise UserError(f"DFM cuts all {num_scales} bands into the same number of patches, so the patch size must "
@@ -135,7 +135,7 @@ class SumDiT(MoTDiT):
 
 
 def network(cfg: Config, channels: int, condition: Callable | None, side: int) -> SumDiT:
-    return SumDiT(cfg.size, channels, side, cfg.num_scales, condition, cfg.condition_tokens)
+    return SumDiT(cfg.size, channels, side, cfg.num_scales, condition, cfg.condition_tokens, cfg.block)
 
 
 def schedule(cfg: Config) -> Decomposable:
@@ -164,7 +164,7 @@ def sample(model: Callable, rng, y: Tensor | None, schedule: Decomposable, shape
            **solver) -> Tensor:
     """Draws x1 (B, C, H, W). The solver runs on the clock; each band moves at its own rate."""
     def on_the_clock(bands, clock, y):
-        times, rates = schedule.times(clock, len(bands) - 1)
+        times, rates = schedule.band_times(clock, len(bands) - 1)
         return [rate * v for rate, v in zip(rates, model(bands, torch.stack(times, dim=1), y), strict=True)]
 
     return trunk.sample(on_the_clock, rng, y, schedule, shape, solve, **solver)

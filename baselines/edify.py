@@ -60,16 +60,17 @@ class Edify(OneImage):
 
 
 def network(cfg: Config, channels: int, condition: Callable | None, side: int) -> ScaleDiT:
-    return ScaleDiT(cfg.size, channels, side, cfg.num_scales, condition, cfg.condition_tokens, own_patches=True)
+    return ScaleDiT(cfg.size, channels, side, cfg.num_scales, condition, cfg.condition_tokens, own_patches=True,
+                    block=cfg.block)
 
 
 def schedule(cfg: Config) -> Edify:
-    return Edify(cfg.starts, stages=cfg.stages, product=cfg.method == "edify")
+    return Edify(cfg.starts, stages=cfg.stages, times=cfg.times, product=cfg.method == "edify")
 
 
 def loss(model: Callable, x1: Tensor, y: Tensor | None, schedule: Edify, rng) -> tuple[Tensor, list]:
     """Mean squared error of d X / dt; each example at one scale, at a time in its window."""
-    u, noise, bands = rng.rand(), schedule.draw_noise(rng, x1.shape[1:]), schedule.split(x1)    # u (B,)
+    u, noise, bands = schedule.draw_times(rng), schedule.draw_noise(rng, x1.shape[1:]), schedule.split(x1)    # u (B,)
 
     def state(i, rows, u):
         start, end = schedule.segments[i]

@@ -12,8 +12,9 @@ __all__ = ["network", "schedule", "loss", "sample"]
 
 def network(cfg: Config, channels: int, condition: Callable | None, side: int) -> MoTDiT:
     return MoTDiT(cfg.size, channels, side, cfg.num_scales, experts=cfg.experts, mask=cfg.mask,
-                  condition_tokens=cfg.condition_tokens, condition=condition)
+                  condition_tokens=cfg.condition_tokens, condition=condition, block=cfg.block,
+                  concat_coarse=cfg.concat_coarse, pyramid=cfg.pyramid)
 
 
 def schedule(cfg: Config) -> Schedule:
-    return Schedule(cfg.starts, cfg.path, cfg.pyramid, cfg.noise, cfg.stages, cfg.full_range)
+    return Schedule(cfg.starts, cfg.path, cfg.pyramid, cfg.noise, cfg.stages, cfg.full_range, cfg.times)

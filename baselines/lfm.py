@@ -19,16 +19,17 @@ __all__ = ["network", "schedule", "loss", "sample"]
 
 
 def network(cfg: Config, channels: int, condition: Callable | None, side: int) -> MoTDiT:
-    return MoTDiT(cfg.size, channels, side, 1, condition_tokens=cfg.condition_tokens, condition=condition)
+    return MoTDiT(cfg.size, channels, side, 1, condition_tokens=cfg.condition_tokens, condition=condition,
+                  block=cfg.block)
 
 
 def schedule(cfg: Config) -> Schedule:
-    return Schedule((0.0,), stages=cfg.stages)
+    return Schedule((0.0,), stages=cfg.stages, times=cfg.times)
 
 
 def loss(model: Callable, x1: Tensor, y: Tensor | None, schedule: Schedule, rng) -> tuple[Tensor, list]:
     """Plain flow matching of images x1 (B, C, H, W)."""
-    n, t = rng.randn(*x1.shape[1:]), rng.rand()                                     # (B, C, H, W), (B,)
+    n, t = rng.randn(*x1.shape[1:]), schedule.draw_times(rng)                                     # (B, C, H, W), (B,)
     at = t.view(-1, 1, 1, 1)
     (v,) = model([at * x1 + (1 - at) * n], t, y)
     error = (v.float() - (x1 - n)).square().mean(dim=(1, 2, 3))                     # (B,)

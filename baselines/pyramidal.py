@@ -83,16 +83,17 @@ class Pyramidal(trunk.OneImage):
 
 
 def network(cfg: Config, channels: int, condition: Callable | None, side: int) -> trunk.ScaleDiT:
-    return trunk.ScaleDiT(cfg.size, channels, side, cfg.num_scales, condition, cfg.condition_tokens, own_patches=False)
+    return trunk.ScaleDiT(cfg.size, channels, side, cfg.num_scales, condition, cfg.condition_tokens, own_patches=False,
+                          block=cfg.block)
 
 
 def schedule(cfg: Config) -> Pyramidal:
-    return Pyramidal(cfg.starts, stages=cfg.stages, form=cfg.method)
+    return Pyramidal(cfg.starts, stages=cfg.stages, times=cfg.times, form=cfg.method)
 
 
 def loss(model: Callable, x1: Tensor, y: Tensor | None, schedule: Pyramidal, rng) -> tuple[Tensor, list]:
     """Mean squared error of X_e - X_s, each example in one stage (the paper mixes them in a batch: stratified)."""
-    num_scales, u, shape = schedule.num_scales, rng.rand(), x1.shape[1:]            # u (B,)
+    num_scales, u, shape = schedule.num_scales, schedule.draw_times(rng), x1.shape[1:]            # u (B,)
     images = levels(x1, num_scales)                                                 # x^i
     if schedule.form == "pixelflow":
         noise = schedule.draw_noise(rng, shape)

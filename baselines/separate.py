@@ -20,7 +20,7 @@ class Separate(MoTDiT):
     """K MoT-DiTs: this one for all bands, and one for each shorter prefix."""
 
     def __init__(self, cfg: Config, channels: int, condition: Callable | None, side: int):
-        options = dict(mask=cfg.mask, condition_tokens=cfg.condition_tokens, condition=condition)
+        options = dict(mask=cfg.mask, condition_tokens=cfg.condition_tokens, condition=condition, block=cfg.block)
         super().__init__(cfg.size, channels, side, cfg.num_scales, **options)
         self.coarser = nn.ModuleList(MoTDiT(cfg.size, channels, side >> (cfg.num_scales - k), k, **options)
                                      for k in range(1, cfg.num_scales))
@@ -36,4 +36,4 @@ def network(cfg: Config, channels: int, condition: Callable | None, side: int) -
 
 
 def schedule(cfg: Config) -> Schedule:
-    return Schedule(cfg.starts, cfg.path, cfg.pyramid, stages=cfg.stages, full_range=False)
+    return Schedule(cfg.starts, cfg.path, cfg.pyramid, stages=cfg.stages, full_range=False, times=cfg.times)

@@ -60,9 +60,9 @@ class ScaleDiT(MoTDiT):
     """
 
     def __init__(self, size: str | tuple, in_channels: int, resolution: int, num_scales: int,
-                 condition: Callable | None, condition_tokens: bool, own_patches: bool):
+                 condition: Callable | None, condition_tokens: bool, own_patches: bool, block: str):
         super().__init__(size, in_channels, resolution, num_scales, experts="none", condition_tokens=condition_tokens,
-                         condition=condition)
+                         condition=condition, block=block)
         if not own_patches:
             del self.patch_in[1:], self.patch_out[1:]
 
@@ -72,7 +72,7 @@ class ScaleDiT(MoTDiT):
         i = self.num_tokens.index(x.shape[-1] * x.shape[-2] // p**2)
         layer = i % len(self.patch_in)                      # scale i's, or 0: the one that all share
         tokens = self.patch_in[layer](patchify(x, p)) + getattr(self, f"positions_{i}")     # (B, N_i, D)
-        (tokens,), c = self.trunk([tokens], self.time(t), y)
+        (tokens,), c = self.trunk([tokens], self.time(t), y, first=i)
         return [unpatchify(self.patch_out[layer](tokens, c), p, *x.shape[-2:])]
 
     def tokens(self, stage: int) -> int:

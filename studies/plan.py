@@ -13,14 +13,13 @@ from functools import cache
 import torch
 
 import config
-from config import Config
-from model import parse_size
+from config import Config, parse_size
 from run import memory
 from run.paper import PRESETS
 from studies.output import markdown
 
 NETWORK = ("dataset", "res", "space", "method", "size", "num_scales", "experts", "mask", "condition_tokens",
-           "recompute")                                     # the settings that decide the network
+           "block", "concat_coarse", "recompute")                  # the settings that decide the network
 
 
 def flops_by_stage(cfg: Config, facts: dict) -> list[int]:

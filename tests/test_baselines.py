@@ -89,7 +89,7 @@ def state_matrices(schedule, stage: int, t: float):
     """A, B, dA, dB: state = A x + B n, target = dA x + dB n, from the schedule's own interpolate; t of DFM: clock."""
     num_scales, eye = schedule.num_scales, images(torch.eye(SIDE**2, dtype=torch.float64), SIDE)
     if isinstance(schedule, dfm.Decomposable):
-        bands, (times, _) = schedule.split(eye)[: stage + 1], schedule.times(t, stage)
+        bands, (times, _) = schedule.split(eye)[: stage + 1], schedule.band_times(t, stage)
         data = torch.cat([matrix(band) for band in bands])
         scale = torch.cat([torch.full((len(matrix(b)), 1), float(at), dtype=torch.float64)
                            for b, at in zip(bands, times, strict=True)])
@@ -131,7 +131,7 @@ class Oracle:
             at = (at - start) / (end - start)
         elif isinstance(schedule, dfm.Decomposable):        # from the coarsest band's time back to the clock
             (low, high), (start, end) = schedule.segments[stage], (
-                schedule.times(edge, stage)[0][0] for edge in schedule.segments[stage])
+                schedule.band_times(edge, stage)[0][0] for edge in schedule.segments[stage])
             at = low + (high - low) * (at - start) / (end - start)
         a, b, da, db = state_matrices(schedule, stage, at)
         gain = (da @ self.covariance @ a.T + db @ b.T) @ torch.linalg.pinv(a @ self.covariance @ a.T + b @ b.T,
@@ -178,7 +178,7 @@ def test_the_target_is_the_finite_difference_of_the_state(method):
         if isinstance(schedule, dfm.Decomposable):          # d state / d clock = rate of its time x target
             start, end = schedule.segments[stage]
             at = start + 0.4 * (end - start)
-            rates = schedule.times(at, stage)[1]
+            rates = schedule.band_times(at, stage)[1]
         else:
             start, end = (0.0, 1.0) if isinstance(schedule, pyramidal.Pyramidal) else schedule.segments[stage]
             at, rates = start + 0.4 * (end - start), None

@@ -5,9 +5,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 READING_PATH = ("pyramid", "schedule", "model", "train", "sample")
-FLOORS = {"config": 0, "pyramid": 0, "schedule": 1, "model": 1, "data.conditions": 1, "mini": 2, "baselines": 2,
-          "run": 3, "data": 3, "scores": 4, "run.card": 4, "sample": 5, "fid": 6, "train": 7, "extras": 8, "studies": 8,
-          "docs": 8}
+FLOORS = {"config": 0, "pyramid": 0, "schedule": 1, "model": 1, "data.conditions": 1, "run.modern": 1, "mini": 2,
+          "baselines": 2, "run": 3, "data": 3, "scores": 4, "run.card": 4, "sample": 5, "fid": 6, "train": 7,
+          "extras": 8, "studies": 8, "docs": 8}
 
 
 def files() -> dict[str, Path]:

@@ -2,10 +2,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from config import UserError
+from config import SIZES, UserError, parse_size
 from conftest import random_bands, random_model
-from model import EXPERTS, MASKS, SIZES, MoTDiT, attention, parse_size, patchify, sincos_positions, unpatchify
+from model import EXPERTS, MASKS, MoTDiT, attention, patchify, sincos_positions, unpatchify
+from pyramid import up
 from run.memory import forward_flops, parameters
+from run.modern import rotary_angles, rotate
 
 READS = {"causal": lambda i, j: j <= i, "none": lambda i, j: True, "self": lambda i, j: i == j}     # does i read j?
 TIMES, LABELS = torch.tensor([0.7, 0.9]), torch.tensor([0, 3])
@@ -49,8 +51,8 @@ def test_changing_a_band_moves_exactly_the_bands_the_mask_allows(mask, condition
 @pytest.mark.parametrize("experts", EXPERTS)
 def test_a_prefix_of_bands_gives_the_same_coarse_velocities(experts):
     """Under the causal mask; that of "self" is a prefix as well."""
-    for mask in ("causal", "self"):
-        model = random_model(experts=experts, mask=mask)
+    for options in (dict(), dict(mask="self"), dict(block="modern", concat_coarse=True)):
+        model = random_model(experts=experts, **options)
         bands = random_bands(model)
         whole = model(bands, TIMES, LABELS)
         for count in (1, 2):
@@ -136,6 +138,74 @@ def test_one_scale_is_a_plain_dit():
         h = h + g2 * block.mlp[0](F.layer_norm(h, (48,), eps=1e-6) * (1 + c2) + s2)
     expected = unpatchify(model.patch_out[0](h, c), 2, 16, 16)
     assert torch.allclose(model([x], TIMES, LABELS)[0], expected, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# not in paper: the modern block, and the coarser image beside a finer band
+
+
+def test_rotary_attention_sees_only_how_far_tokens_are_apart():
+    """Products of turned queries and keys depend on the offset of their places, also between bands."""
+    coarse, fine = rotary_angles(16, 4, 8), rotary_angles(16, 8, 8)                 # a coarse token covers 2 x 2 fine
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 16)
+    product = [rotate(q.expand(1, 1, len(a), 16), a)[0, 0] @ rotate(k.expand(1, 1, 64, 16), fine)[0, 0].T
+               for a in (coarse, fine)]
+    at = torch.arange(64).view(8, 8)
+    for a, grid, step in ((product[0], 4, 2), (product[1], 8, 1)):
+        a = a.view(grid, grid, 8, 8)                                                # by places of query and key
+        assert torch.allclose(a[1, 1, : 8 - step, : 8 - step], a[2, 2, step:, step:], atol=1e-4)
+        assert not torch.allclose(a[1, 1], a[2, 2], atol=1e-2)
+    assert at[2, 2] == 18 and torch.allclose(fine[[18, 27]].mean(0), coarse[5], atol=1e-6)      # the middle of its 4
+
+
+def test_the_modern_block_is_the_textbook_formula():
+    """One band, no condition tokens, written out; queries and keys have a mean square of 1 whatever their size."""
+    model = random_model(num_scales=1, condition_tokens=False, block="modern")
+    x, t, y = torch.randn(2, 2, 16, 16), torch.tensor([0.3, 0.8]), torch.tensor([1, 4])
+    h = model.patch_in[0](patchify(x, 2)) + model.positions_0
+    c = F.silu(model.time(t) + model.condition(y))
+    place = torch.arange(8) + 0.5
+    angle = torch.cat([place.repeat_interleave(8)[:, None], place.repeat(8)[:, None]], dim=1)[..., None] * (
+        100 ** (-torch.arange(4) / 4))                                              # (64, rows and columns, hd / 4)
+    turn = torch.polar(torch.ones(64, 8), angle.flatten(1))
+    for block in model.blocks:
+        s1, c1, g1, s2, c2, g2 = block.modulation[0](c)[:, None].chunk(6, dim=-1)
+        qkv = block.qkv[0](F.layer_norm(h, (48,), eps=1e-6) * (1 + c1) + s1)
+        q, k, v = qkv.view(2, 64, 3, 3, 16).permute(2, 0, 3, 1, 4)
+        q, k = (part / (part.square().mean(-1, keepdim=True) + 1e-6).sqrt() * gain
+                for part, gain in zip((q, k), block.qk_norm[0], strict=True))
+        q, k = (torch.complex(part[..., :8], part[..., 8:]) * turn for part in (q, k))
+        scores = (q[..., :, None, :] * k[..., None, :, :].conj()).real.sum(-1) / 4
+        a = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        h = h + g1 * block.proj[0](a)
+        z, mlp = F.layer_norm(h, (48,), eps=1e-6) * (1 + c2) + s2, block.mlp[0]
+        h = h + g2 * mlp.down(F.silu(mlp.gate(z)) * mlp.up(z))
+    expected = unpatchify(model.patch_out[0](h, c), 2, 16, 16)
+    assert torch.allclose(model([x], t, y)[0], expected, atol=1e-4)
+
+
+def test_the_modern_block_costs_what_dits_costs():
+    """FLOPs are equal up to the rounding of SwiGLU's width, which the paper's sizes do not need."""
+    for size in ("S/2", "XL/2"):
+        dit, modern = (forward_flops(meta(size, num_scales=2, block=block)) for block in ("dit", "modern"))
+        assert modern == dit, size
+
+
+def test_a_finer_band_sees_the_coarser_image_at_its_place():
+    """Tokens of band i read patches of band i, and of the sum of the coarser bands, enlarged."""
+    model, plain = random_model(concat_coarse=True), random_model()
+    bands = random_bands(model)
+    images = [bands[0], up(bands[0]) + bands[1]]            # what bands 0..i sum to
+    seen = {}
+    for i, layer in enumerate(model.patch_in):
+        layer.register_forward_hook(lambda _, inputs, out, i=i: seen.update({i: out - model.patch_in[i].bias}))
+    model(bands, TIMES, LABELS)
+    assert torch.allclose(seen[0], patchify(bands[0], 2) @ model.patch_in[0].weight.T, atol=1e-5)
+    for i in (1, 2):                                        # the channels of a patch come first: (C, p, p)
+        expected = torch.cat([bands[i], up(images[i - 1])], dim=1)
+        assert torch.allclose(seen[i], patchify(expected, 2) @ model.patch_in[i].weight.T, atol=1e-5)
+    assert plain.patch_in[1].weight.shape[1] * 2 == model.patch_in[1].weight.shape[1]
 
 
 def test_patches_are_cut_and_joined():

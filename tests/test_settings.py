@@ -122,12 +122,12 @@ def watch(cfg: Config, patch: pytest.MonkeyPatch, **options) -> SimpleNamespace:
 
 # Settings that differ from the defaults and from each other. Most rows of the table watch this one run.
 ODD = dict(size="24,3,2,2", starts=(0.0, 0.6), path="gvp", noise="independent", full_range=False, experts="qkv",
-           mask="none", condition_tokens=False, batch=24, micro_batch=8, steps=6, lr=3e-3, lr_end=7e-4, warmup=2,
-           beta2=0.9, weight_decay=0.2, clip=0.05, label_drop=0.7, ema=0.3, recompute=True, log_every=4, save_every=3,
-           seed=7)
+           mask="none", condition_tokens=False, block="modern", concat_coarse=True, times="logit-normal", batch=24,
+           micro_batch=8, steps=6, lr=3e-3, lr_end=7e-4, warmup=2, beta2=0.9, weight_decay=0.2, clip=0.05,
+           label_drop=0.7, ema=0.3, recompute=True, log_every=4, save_every=3, seed=7)
 THREE = dict(num_scales=3, starts=(), experts="none", size="24,2,2,1")          # runs that several tests watch
-PLAIN = dict(mask="self", condition_tokens=True, label_drop=0.0, steps=1)
-PYRAMID = dict(noise="pyramid", full_range=True)
+PLAIN = dict(mask="self", condition_tokens=True, block="dit", concat_coarse=False, label_drop=0.0, steps=1)
+PYRAMID = dict(noise="pyramid", full_range=True, times="uniform")
 KEEP = dict(save_every=1, keep=3, keep_every=3)
 FREE = dict(clip=0.0, ema=0.0, log_every=1)
 WHOLE = dict(**FREE, micro_batch=24, recompute=False)
@@ -205,9 +205,28 @@ def test_condition_tokens(trained):
     assert {tokens[0] for tokens in trained(**PLAIN).tokens} == {4 + 2}
 
 
+@setting("block")
+def test_block(trained):
+    assert [hasattr(run.model.blocks[0], "qk_norm") for run in (trained(), trained(**PLAIN))] == [True, False]
+
+
+@setting("concat_coarse")
+def test_concat_coarse(trained):
+    assert [layer.weight.shape[1] for layer in trained().model.patch_in] == [4, 8]
+    assert [layer.weight.shape[1] for layer in trained(**PLAIN).model.patch_in] == [4, 4]
+
+
+@setting("times")
+def test_times(trained):
+    """Sigmoids of normal numbers lie within [1/4, 3/4] with a probability of 0.73, uniform ones with 0.5."""
+    for run, share in ((trained(), 0.73), (trained(**PYRAMID), 0.5)):
+        u = torch.cat([(p.t - 0.6) / 0.4 for p in run.passes if len(p.bands) == 2])
+        assert abs(((u > 0.25) & (u < 0.75)).float().mean() - share) < 0.1
+
+
 @setting("starts")
 def test_starts(trained):
-    times = torch.cat([p.t for p in trained().passes if len(p.bands) == 2])
+    times = torch.cat([p.t for p in trained(**PYRAMID).passes if len(p.bands) == 2])
     assert 0.6 <= times.min() < 0.65 and times.max() > 0.95
 
 
