@@ -269,7 +269,7 @@ def test_forks_train(tmp_path):
         from run.paper import resolve
         tiny = dict(size="32,2,2,2", steps=3, batch=16, solver="midpoint", solver_steps=4, num_samples=12)
         for settings in (dict(dataset="arrays", data="mine.npz", path="cosine", mask="neighbours", num_scales=3),
-                         dict(pyramid="gaussian", out="out/gaussian"), dict(method="logitnormal")):
+                         dict(pyramid="gaussian", out="out/gaussian"), dict(method="modes")):
             train.finish(train.train(resolve({**tiny, **settings}), device="cpu"))
         q, k, v = ([torch.randn(1, 1, n, 4) for n in (2, 3, 5)] for _ in range(3))
         before = attention(q, k, v, "neighbours", 0)
