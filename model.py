@@ -155,7 +155,7 @@ class MoTBlock(nn.Module):
             for column, part in zip((q, k, v), qkv.chunk(3, dim=2), strict=True):
                 column.append(part.unflatten(2, (self.num_heads, -1)).transpose(1, 2))  # (B, nh, N_i, hd)
             if self.modern:
-                q[i], k[i] = (rotate(F.rms_norm(part, gain.shape, gain, eps=1e-6), angles[i])
+                q[i], k[i] = (rotate(F.rms_norm(part, gain.shape, gain.to(part), eps=1e-6), angles[i])
                               for part, gain in zip((q[i], k[i]), self.qk_norm[i % len(self.qkv)], strict=True))
         out = []
         for i, a in enumerate(attention(q, k, v, self.mask, num_cond)):             # (B, nh, N_i, hd)

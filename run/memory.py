@@ -75,9 +75,11 @@ def activation_bytes(model: torch.nn.Module, stage: int, precision: str) -> int:
 
     For each token and block: two float32 LayerNorms, in and out, and 19 D numbers in the compute precision: their
     modulated results, Q, K, V (K and V twice: the bands' are joined), the attention and its projection, and the
-    feed-forward network's 4 D before and after the activation and its output."""
+    feed-forward network's 4 D before and after the activation and its output. The modern block keeps 28 D bytes more
+    (23 D in bfloat16): queries and keys before and after their norm and rotation, and a gated middle."""
     d, count = model.hidden_size, model.tokens(stage) + model.num_cond
     block = 4 * 4 * d + 19 * d * (2 if precision == "bfloat16" else 4)
+    block += model.blocks[0].modern * d * (23 if precision == "bfloat16" else 28)
     return count * (4 * d * model.depth + block) if model.recompute else count * block * model.depth
 
 

@@ -267,10 +267,11 @@ def test_settings_that_do_not_change_training_are_free():
 # memory and peaks
 
 
+@pytest.mark.parametrize("block", ["dit", "modern"])
 @pytest.mark.parametrize("precision, recompute", [("float32", False), ("bfloat16", False), ("bfloat16", True)])
-def test_the_memory_estimate_follows_what_autograd_keeps(precision, recompute):
+def test_the_memory_estimate_follows_what_autograd_keeps(precision, recompute, block):
     """Bytes of the tensors that autograd saves for backward, in eager mode, against the closed form."""
-    model = random_model(size=(128, 6, 4, 2), in_channels=4, resolution=32, num_scales=2, num_classes=0)
+    model = random_model(size=(128, 6, 4, 2), in_channels=4, resolution=32, num_scales=2, num_classes=0, block=block)
     model.recompute = recompute
     saved, weights = {}, {p.data_ptr() for p in model.parameters()}
 
