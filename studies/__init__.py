@@ -1,1 +1,1 @@
-"""Where the numbers of the README come from: comparisons, speed, solvers, costs, and the tables made from results/."""
+"""Where the numbers of the README come from: comparisons, speed, costs, and the tables made from results/."""

@@ -63,7 +63,7 @@ def test_streamed_statistics_are_those_of_the_whole():
     assert statistics.how == {**HOW, "n": 100}
 
 
-def test_of_many_images_every_so_manieth_keeps_its_features(monkeypatch):
+def test_of_many_images_the_features_that_stay_are_evenly_spaced(monkeypatch):
     monkeypatch.setattr(reference, "KEEP", 10)
     x = np.arange(95, dtype=np.float32)[:, None]
     for sizes in ((95,), (7, 60, 28)):

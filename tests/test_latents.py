@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import zipfile
 from pathlib import Path
@@ -20,7 +18,7 @@ from PIL import Image
 import sample
 import train
 from config import Config, UserError
-from conftest import ROOT
+from conftest import finished, fork, needs_fork, start
 from data import batches, latents, sources
 from run import load
 from run.paper import resolve
@@ -91,37 +89,39 @@ def test_the_cache_holds_the_posterior_of_every_image_and_of_its_mirror_image(tm
     assert encode(tmp_path / "cache", images, vae) == header                    # complete: nothing to do
 
 
+@pytest.fixture
+def one_thread():
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(count)
+
+
+@needs_fork
 @pytest.mark.slow
-def test_killed_and_resumed_by_other_processes_it_has_the_same_bytes(tmp_path, images, vae):
+def test_killed_and_resumed_by_other_processes_it_has_the_same_bytes(tmp_path, images, vae, one_thread):
     """kill -9 after the first chunks of a single process; two processes finish. All with one thread: convolutions by
     more threads sum in another order, which changed 5 of these 81,920 numbers in their last place."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    def slowly():
+        write = latents.Cache.write
+        latents.Cache.write = lambda *arguments: (write(*arguments), time.sleep(0.5))
+        encode(tmp_path / "killed", images, vae)
 
-    def command(out):
-        return ["-m", "data.latents", "--dataset", "folder", "--res", "32", "--data", str(images), "--vae", str(vae),
-                "--batch", "4", "--out", str(tmp_path / out), "--device", "cpu"]
-
-    subprocess.run([sys.executable, *command("whole")], env=environment, check=True, timeout=120, cwd=ROOT)
-    slowly = ("import time\nfrom data import latents\nfrom pathlib import Path\n"
-              "write = latents.Cache.write\n"
-              "latents.Cache.write = lambda *a: (write(*a), time.sleep(0.5))\n"
-              f"latents.encode('folder', 32, {str(images)!r}, {str(vae)!r}, Path({str(tmp_path / 'killed')!r}), "
-              "batch=4)")
-    process = subprocess.Popen([sys.executable, "-c", slowly], env=environment, stderr=subprocess.DEVNULL, cwd=ROOT)
+    encode(tmp_path / "whole", images, vae)
+    child = fork(slowly, tmp_path / "output.txt")
     until, note = time.time() + 60, tmp_path / "killed" / "progress-0.jsonl"
     while not note.exists() or len(note.read_text().splitlines()) < 2:
-        assert time.time() < until and process.poll() is None
+        assert time.time() < until
         time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
     with open(note, "a") as file:
         file.write('{"chunk": 4, "bad"')                                        # as if it was cut off within a line
     with pytest.raises(UserError, match="not finished; the same command goes on"):
         batches.load(run_of(tmp_path / "run", tmp_path / "killed", vae))
-    out = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                          *command("killed")], env=environment, capture_output=True, text=True, timeout=120, cwd=ROOT)
-    assert out.returncode == 0, out.stdout + out.stderr
-    assert "of 5 chunks were there" in out.stdout and "20 images of 32 pixels, 2 classes, 0 left out" in out.stdout
+    out = finished(start(tmp_path, "--dataset", "folder", "--res", 32, "--data", images, "--vae", vae, "--batch", 4,
+                         "--out", "killed", "--device", "cpu", program="data.latents"))
+    assert "of 5 chunks were there" in out and "20 images of 32 pixels, 2 classes, 0 left out" in out
     for name in ("moments.f16", "labels.npy", "names.txt"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     whole, killed = (json.loads((tmp_path / n / "header.json").read_text()) for n in ("whole", "killed"))
