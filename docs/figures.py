@@ -2,9 +2,9 @@
 
     python -m docs.figures                          all of them (make figures)
     python -m docs.figures --only hero step3-mask   some of them
-    python -m docs.figures --run DIR --out DIR      of another run of the digits; into another directory
+    python -m docs.figures --run DIR --out DIR      of another run; into another directory
 
-The digits come from one trained run: --run, else out/digits, else `python train.py`, two minutes on two free cores.
+Garments come from docs/models/fashion; digits from out/digits, else `python train.py`, two minutes on two free cores.
 What took hours is drawn from its recorded numbers, results/*.jsonl.
 """
 
@@ -88,13 +88,15 @@ def causal(path: Path, run: load.Run, what: str, *words) -> None:
         shutil.copyfile(Path(folder) / path.name, path)
 
 
-def draw_upsampled(path: Path, run: load.Run, number: int = 13) -> None:
-    """Digits that contain a real three, averaged down to 4 x 4 pixels."""
+def draw_upsampled(path: Path, run: load.Run, number: int = 15) -> None:
+    """Images that contain a real one, averaged down to the coarsest band."""
     dataset = batches.load(run.cfg)
-    x1 = dataset.x1(dataset.read([number], None)[0])                            # (1, 1, 8, 8)
+    x1 = dataset.x1(dataset.read([number], None)[0])                            # (1, 1, 32, 32)
+    for _ in range(run.cfg.num_scales - 1):
+        x1 = down(x1)
     with tempfile.TemporaryDirectory() as folder:
         small = Path(folder) / "small.png"
-        Image.fromarray(batches.to_images(down(x1))[0, :, :, 0]).save(small)
+        Image.fromarray(batches.to_images(x1)[0, :, :, 0]).save(small)
         causal(path, run, "upsample", "--image", small, "--labels", dataset.labels[number], "--num", 6)
 
 
@@ -145,24 +147,25 @@ def draw_study(path: Path) -> None:
 
 PLAIN = {"step1-pyramid": steps.step1, "step2-schedule": steps.step2, "step3-mask": steps.step3,
          "mask_cost": draw_mask_cost, "study": draw_study, "systems-flops": draw_flops}
-OF_A_RUN = {"hero": hero.hero, "generation": hero.generation, "step4-training": steps.step4,
-            "step5-sampling": steps.step5, "trajectory": draw_trajectory, "samples": draw_samples, "loss": draw_loss,
-            "previews": lambda path, run: causal(path, run, "preview", "--num", 30),
-            "refined": lambda path, run: causal(path, run, "refine", "--numbers", "3,17,22"),
-            "variations": lambda path, run: causal(path, run, "vary", "--number", 17, "--num", 8),
-            "upsampled": draw_upsampled}
-NAMES = (*OF_A_RUN, *PLAIN, "systems")
+OF_DIGITS = {"step4-training": steps.step4, "step5-sampling": steps.step5, "loss": draw_loss}
+OF_GARMENTS = {"hero": hero.hero, "generation": hero.generation, "trajectory": draw_trajectory, "samples": draw_samples,
+               "previews": lambda path, run: causal(path, run, "preview", "--num", 30),
+               "refined": lambda path, run: causal(path, run, "refine", "--numbers", "3,17,22"),
+               "variations": lambda path, run: causal(path, run, "vary", "--number", 17, "--num", 8),
+               "upsampled": draw_upsampled}
+NAMES = (*OF_GARMENTS, *OF_DIGITS, *PLAIN, "systems")
 
 
 def main() -> None:
     parser = config.parser(__doc__, "python -m docs.figures [--only NAME ...] [--run DIR] [--out DIR]")
     parser.add_argument("--only", nargs="+", choices=NAMES, metavar="NAME", help=f"some of {', '.join(NAMES)} [all]")
-    parser.add_argument("--run", help="a run of the digits with two bands [out/digits, trained when it is missing]")
+    parser.add_argument("--run", help="a run to show [docs/models/fashion; out/digits, trained when it is missing]")
     parser.add_argument("--compare", default=str(ROOT / "out/compare"), help="runs of studies.compare [out/compare]")
     parser.add_argument("--out", default=str(ROOT / "docs"), help="where the pictures go [docs]")
     args = parser.parse_args()
     load.full_float32()
-    out, run = Path(args.out), cache(lambda: digits_run(args.run))
+    out, digits = Path(args.out), cache(lambda: digits_run(args.run))
+    garments = cache(lambda: load.load_run(args.run or str(ROOT / "docs/models/fashion"), device="cpu"))
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
@@ -173,7 +176,8 @@ def main() -> None:
             if name == "systems":
                 draw_systems(path, Path(args.compare))
             else:
-                PLAIN[name](path) if name in PLAIN else OF_A_RUN[name](path, run())
+                draw = {**OF_DIGITS, **OF_GARMENTS, **PLAIN}[name]
+                draw(path, *([digits()] if name in OF_DIGITS else [garments()] if name in OF_GARMENTS else []))
         except UserError as problem:
             if name != "systems" or args.only:
                 raise
