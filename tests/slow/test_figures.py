@@ -120,7 +120,7 @@ def test_errors(tmp_path, draw, run, capsys, monkeypatch):
     monkeypatch.setattr(figures, "NAMES", ("systems", "step3-mask"))
     draw()                                                  # the others are drawn
     assert "systems.png stays as it is" in capsys.readouterr().out and (tmp_path / "step3-mask.png").exists()
-    monkeypatch.setattr(figures, "NAMES", ("hero", "step3-mask"))
+    monkeypatch.setattr(figures, "NAMES", ("hero", "loss", "step3-mask"))
     with pytest.raises(UserError, match="no run directory"):
         draw("hero", run=tmp_path / "nowhere")
     other = load.Run(tiny(tmp_path, num_scales=1), random_model(), run.facts, run.folder, 1, "raw")
