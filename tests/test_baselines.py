@@ -321,7 +321,9 @@ def test_parameters_and_cost_are_those_of_the_papers():
         with torch.device("meta"):
             model = SYSTEMS[method].network(config(method, 2, condition_tokens=False, size="XL/2"), 16,
                                             partial(Labels, list(map(str, range(1000)))), 64)
-        parameters[method], flops[method] = memory.parameters(model), memory.forward_flops(model)[-1]
+        parameters[method] = memory.parameters(model)
+        if method != "pyramidal":
+            flops[method] = memory.forward_flops(model)[-1]
     assert parameters["pyramidal"] == parameters["lfm"]     # one set of weights for all resolutions
     assert (parameters["dfm"] - parameters["lfm"]) / 1e6 == pytest.approx(716.48 - 712.12, rel=0.02)
     assert flops["lfm"] / 2e9 == pytest.approx(524.6, rel=1e-3)                 # G multiply-adds, 1024 tokens
