@@ -166,8 +166,9 @@ def check_loss(cfg: Config, watch: Watch, condition: str = "labels") -> int:
     return sum(watch.attention.values())
 
 
-@pytest.mark.parametrize("condition, size, depth", [("labels", "L/2", 24), ("vectors", "1024,4,16,2", 4),
-                                                    ("none", "1024,4,16,2", 4)])
+@pytest.mark.parametrize("condition, size, depth", [
+    pytest.param("labels", "L/2", 24, marks=pytest.mark.slow), ("labels", "1024,4,16,2", 4),
+    ("vectors", "1024,4,16,2", 4), ("none", "1024,4,16,2", 4)])
 def test_loss_of_the_large_model_stays_on_the_gpu(condition, size, depth, fake):
     with fake() as watch:
         calls = check_loss(Config(size=size, num_scales=3, precision="bfloat16"), watch, condition)
