@@ -5,7 +5,9 @@ results/*.jsonl and, for the presets, from run/paper.py. A table stands on exact
     python -m studies.tables --check    fails when a page does not show what the results say
 """
 
+import json
 import re
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -88,9 +90,40 @@ def mask_cost() -> str:
         for row in rows if row["causal"]])
 
 
+def of_one_length(name: str, wanted: dict) -> tuple[dict, dict]:
+    """Runs and times by name, as compare.gathered; of the training FLOPs that most runs have, the most among equals."""
+    rows = [row for row in lines(name) if row["settings"] in json.loads(json.dumps(list(wanted.values())))]
+    lengths = Counter(f"{row['training_flops']:.1e}" for row in rows if row["what"] == "run")
+    most = max(lengths, key=lambda flops: (lengths[flops], float(flops)), default="")
+    return compare.gathered([row for row in rows if f"{row.get('training_flops', 0):.1e}" == most
+                             or row["what"] == "time"], wanted)
+
+
+def garments() -> str:
+    """Fashion-MNIST: LapFlow, the systems of the paper nearest to it, and real images, one row for each score."""
+    names = ("LapFlow", "LFM", "Pyramidal Flow")
+    runs, _ = of_one_length("fashion", {name: compare.FASHION[name] for name in names})
+    if not all(runs.values()):
+        return "not measured yet"
+    first, every = runs["LapFlow"][0], sum(runs.values(), [])
+    texts = {"label_agreement": ("a classifier agrees with the label asked for", 3),
+             "frechet": ("Frechet distance, features of that classifier", 2),
+             "frechet_efficientnet": ("Frechet distance, features of EfficientNet (ImageNet)", 0),
+             "class_variance": ("variance inside a class, over the real one", 3),
+             "precision": ("precision (k = 3)", 3), "recall": ("recall (k = 3)", 3)}
+    table = [[text, *(spread([row[key] for row in runs[name]], places) for name in names),
+              f"{first['real'][key]:.{places}f}"] for key, (text, places) in texts.items()]
+    table.append(["GFLOPs to draw an image", *(spread([row["sampling_flops"] / 1e9 for row in runs[name]], 1)
+                                               for name in names), ""])
+    head = [f"{first['n']:,} images of 32 x 32", *names, "real images"]
+    seeds = len({row["config"]["seed"] for row in every})
+    return (f"{markdown(head, table)}\n\n{first['training_flops']:.1e} training FLOPs each; {seeds} seeds, mean ± "
+            f"standard deviation; {origin(every, 'hardware', 'versions')}.")
+
+
 def systems(name: str) -> str:
     """The systems side by side on one data set."""
-    runs, times = compare.gathered(lines(name), compare.systems("digits" if name == "compare" else "fashion"))
+    runs, times = of_one_length(name, compare.systems("digits" if name == "compare" else "fashion"))
     if not any(runs.values()):
         return "not measured yet"
     note = " DFM trains its two stages equally often; its paper's 0.9 and 0.1 are far worse here."
@@ -170,9 +203,10 @@ def gpu() -> str:
     return markdown(head, table) + (f"\n\n{origin(rows, 'hardware', 'versions')}; `{commands}`." if rows else "")
 
 
-TABLES = {"digits": digits, "presets": plan.presets, "speed": speed, "study": study, "causal": causal,
-          "mask_cost": mask_cost, "systems": partial(systems, "compare"), "fashion": partial(systems, "fashion"),
-          "ablations": ablations, "gpu": gpu, "quality": partial(systems, "quality")}
+TABLES = {"garments": garments, "digits": digits, "presets": plan.presets, "speed": speed, "study": study,
+          "causal": causal, "mask_cost": mask_cost, "systems": partial(systems, "compare"),
+          "fashion": partial(systems, "fashion"), "ablations": ablations, "gpu": gpu,
+          "quality": partial(systems, "quality")}
 
 
 def render(pages: dict[str, str]) -> dict[str, str]:

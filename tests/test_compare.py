@@ -178,6 +178,44 @@ def test_the_table_of_digits_has_each_system_below_its_name(monkeypatch):
     assert text[6].endswith("| 52 | 63 |  |") and text[7].endswith("| 99 |  |  |")
 
 
+def test_the_table_of_garments_has_each_system_below_its_name_and_one_length(monkeypatch):
+    names = ("label_agreement", "frechet_efficientnet", "class_variance", "precision", "recall")
+    ours, lfm, pyramidal, real = (dict.fromkeys((*names, "frechet"), value) for value in (1.0, 2.0, 3.0, 4.0))
+    common = dict(training_flops=2e13, n=2000, sampling_flops=5e9)
+    long = line(0, 0.1, **{**common, **ours, "training_flops": 4e13, "frechet": 9.0, "real": real})
+    rows = [line(0, 0.1, **common, **ours, real=real),
+            line(1, 0.1, **common, **{**ours, "frechet": 2.0}, real=real), long,
+            line(0, 0.1, settings=compare.FASHION["LFM"], **common, **lfm),
+            line(0, 0.1, settings=compare.FASHION["Pyramidal Flow"], **common, **pyramidal)]
+    monkeypatch.setattr(tables, "lines", lambda name: rows)
+    text = tables.garments()
+    assert text.splitlines()[0] == "| 2,000 images of 32 x 32 | LapFlow | LFM | Pyramidal Flow | real images |"
+    assert "that classifier | 1.50 ± 0.71 | 2.00 | 3.00 | 4.00 |" in text and "2 seeds" in text and "2.0e+13" in text
+    assert "EfficientNet (ImageNet) | 1 ± 0 | 2 | 3 | 4 |" in text and "| 5.0 ± 0.0 | 5.0 | 5.0 |  |" in text
+    rows.append({**long, "config": {**long["config"], "seed": 1}})
+    rows += [{**rows[3], "training_flops": 4e13}, {**rows[4], "training_flops": 4e13}]      # as many: now the longer
+    assert "that classifier | 9.00 ± 0.00 | 2.00 | 3.00 | 4.00 |" in tables.garments()
+    rows[:] = rows[:2]
+    assert tables.garments() == "not measured yet"
+
+
+def test_features_of_the_same_images_are_computed_once(monkeypatch):
+    calls = []
+
+    def extractor(images):
+        calls.append(len(images))
+        return images.mean(axis=(1, 2, 3)), None
+
+    extractor.name, extractor.identity = "efficientnet", "toy"
+    monkeypatch.setattr(compare, "load_extractor", lambda name: extractor)
+    compare.remembering.cache_clear()
+    features, images = compare.remembering("efficientnet"), np.arange(2 * 48, dtype=np.uint8).reshape(2, 4, 4, 3)
+    first, again, other = features(images)[0], features(images.copy())[0], features(images + 1)[0]
+    assert calls == [2, 2] and (first == again).all() and (other == first + 1).all()
+    assert (features.name, features.identity) == ("efficientnet", "toy")
+    compare.remembering.cache_clear()
+
+
 def test_the_table_of_ablations_has_each_score_below_its_name(monkeypatch):
     rows = [line(0, 0.123, class_variance=0.456), line(0, 0.234, class_variance=0.567, settings={"mask": "none"})]
     monkeypatch.setattr(tables, "lines", lambda name: rows)
