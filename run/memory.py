@@ -70,16 +70,17 @@ def step_flops(cfg: Config, facts: dict) -> float:
 # memory
 
 
-def activation_bytes(model: torch.nn.Module, stage: int, precision: str) -> int:
-    """What autograd keeps for one image of a stage, in eager mode; a test compares it with what it does keep.
+def activation_bytes(model: torch.nn.Module, stage: int, precision: str, compiled: bool = False) -> int:
+    """What autograd keeps for one image of a stage; a test compares it with what it does keep.
 
     For each token and block: two float32 LayerNorms, in and out, and 19 D numbers in the compute precision: their
     modulated results, Q, K, V (K and V twice: the bands' are joined), the attention and its projection, and the
-    feed-forward network's 4 D before and after the activation and its output. The modern block keeps 28 D bytes more
-    (23 D in bfloat16): queries and keys before and after their norm and rotation, and a gated middle."""
+    feed-forward network's 4 D before and after the activation and its output. Compiled, the norms are computed again
+    from one float32 number for each of D. The modern block keeps 28 D bytes more (23 D in bfloat16; compiled 8 and
+    5 D): queries and keys before and after their norm and rotation, and a gated middle."""
     d, count = model.hidden_size, model.tokens(stage) + model.num_cond
-    block = 4 * 4 * d + 19 * d * (2 if precision == "bfloat16" else 4)
-    block += model.blocks[0].modern * d * (23 if precision == "bfloat16" else 28)
+    block = 4 * (1 if compiled else 4) * d + 19 * d * (2 if precision == "bfloat16" else 4)
+    block += model.blocks[0].modern * d * ((5, 8) if compiled else (23, 28))[precision == "float32"]
     return count * (4 * d * model.depth + block) if model.recompute else count * block * model.depth
 
 
@@ -87,7 +88,7 @@ def memory_bytes(model: torch.nn.Module, cfg: Config, micro_batch: int, world: i
     """Peak on one GPU: weights, gradients (twice while they are summed), Adam's two moments, EMA, and activations."""
     state = 4 * parameters(model) * (2 + 2 / (world if cfg.shard else 1) + (cfg.ema > 0) + (world > 1)
                                      + 0.5 * (cfg.precision == "bfloat16"))
-    per_image = [activation_bytes(model, stage, cfg.precision) for stage in range(model.num_scales)]
+    per_image = [activation_bytes(model, stage, cfg.precision, cfg.compile) for stage in range(model.num_scales)]
     return int(state + micro_batch * (max(per_image) if cfg.stages == "batch" else mean_of_stages(cfg, per_image)))
 
 

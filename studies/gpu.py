@@ -253,7 +253,7 @@ def time_stages(job: Job, name: str, model: torch.nn.Module, mode: str, micro: i
             micro, taken, used = max(n for n in range(1, micro) if cfg.batch % n == 0), [], []
             continue
         used.append(memory.peak_memory(job.device))
-        plan = state + micro * memory.activation_bytes(model, stage, cfg.precision)
+        plan = state + micro * memory.activation_bytes(model, stage, cfg.precision, mode == "compiled")
         job.say("stage", preset=name, mode=mode, stage=stage, micro_batch=micro, milliseconds=1000 * taken[-1],
                 mfu=3 * micro * flops[stage] / taken[-1] / peak if peak else None, seconds_first=first,
                 memory_gb=used[-1], plan_gb=plan / 1e9)
