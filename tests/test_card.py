@@ -508,3 +508,14 @@ def test_the_weights_in_the_repository_draw_the_digits_asked_for():
     assert scores["label_agreement"] > 0.9
     text = (ROOT / "docs/models/digits/README.md").read_text()
     assert f"{run.step:,} of 128 images" in text and "python train.py --seed 1" in text and run.weights == "ema"
+
+
+def test_the_garments_in_the_repository_are_those_asked_for():
+    """Trousers and shoes are told apart by how wide they are: the middle rows of the images, without a classifier."""
+    run = load_run(str(ROOT / "docs/models/fashion"), device="cpu")
+    images = run.sample(labels=["trouser", "sneaker"] * 10, seed=3, steps=10)[..., 0] > 64      # (20, 32, 32)
+    height, width = (images.any(axis=axis).sum(axis=1) for axis in (2, 1))
+    assert (height[::2] > 1.2 * width[::2]).mean() >= 0.9 and (width[1::2] > 1.2 * height[1::2]).mean() >= 0.9
+    text = (ROOT / "docs/models/fashion/README.md").read_text()
+    assert f"{run.step:,} of 128 images" in text and "python train.py --dataset fashion" in text
+    assert run.weights == "ema" and (ROOT / "docs/models/fashion/model.safetensors").stat().st_size < 10e6
