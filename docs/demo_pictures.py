@@ -19,6 +19,7 @@ def screenshot(url: str, browser: str, out: str, width: int) -> None:
     with sync_playwright() as driver:
         chromium = driver.chromium.launch(executable_path=browser, args=["--no-sandbox"])
         page = chromium.new_page(viewport={"width": width, "height": 800})
+        page.set_default_timeout(300_000)                   # milliseconds: the network may be slow
         page.goto(url)
         page.locator("#thumbnails img").nth(7).click()
         page.get_by_role("button", name="8 variations").click()

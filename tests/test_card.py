@@ -517,5 +517,5 @@ def test_the_garments_in_the_repository_are_those_asked_for():
     height, width = (images.any(axis=axis).sum(axis=1) for axis in (2, 1))
     assert (height[::2] > 1.2 * width[::2]).mean() >= 0.9 and (width[1::2] > 1.2 * height[1::2]).mean() >= 0.9
     text = (ROOT / "docs/models/fashion/README.md").read_text()
-    assert f"{run.step:,} of 128 images" in text and "python train.py --dataset fashion" in text
+    assert f"{run.step:,} of 128 images" in text and "python train.py --preset fashion" in text
     assert run.weights == "ema" and (ROOT / "docs/models/fashion/model.safetensors").stat().st_size < 10e6
