@@ -153,11 +153,7 @@ class Cache:
             raise UserError(f"{self.folder} holds another cache: {', '.join(differ)} differ. Choose another directory "
                             "with --out, or delete this one")
         if vectors is not None:                             # may be added to a cache that is complete
-            self.save("vectors", vectors)
-
-    def save(self, name: str, array: np.ndarray) -> None:
-        np.save(self.folder / f"{name}.tmp.npy", array)
-        os.replace(self.folder / f"{name}.tmp.npy", self.folder / f"{name}.npy")
+            np.save(self.folder / "vectors.npy", vectors)
 
     def write_header(self, header: dict) -> None:
         temporary = self.folder / "header.tmp"
@@ -223,7 +219,7 @@ class Cache:
         if len(bad) == len(labels):
             raise UserError(f"none of the {len(bad)} images of {self.source.where} can be read: {bad[0]}")
         labels[list(bad)] = -1
-        self.save("labels", labels)
+        np.save(self.folder / "labels.npy", labels)
         names = "\n".join(self.source.names) + "\n"
         (self.folder / "names.txt").write_bytes(names.encode(errors="surrogateescape"))
         left_out = [f"{i}: {problem}" for i, problem in sorted(bad.items())]

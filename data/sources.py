@@ -289,10 +289,7 @@ def read_photo(file: Path | io.BytesIO, name: str = "") -> Image.Image:
         if image.mode == "F":
             raise ValueError("float images are not supported, because their white level is unknown")
         if image.mode.startswith("I"):                      # 16-bit grey: PIL would clip it to white
-            grey, transparent = np.asarray(image), image.info.get("transparency")
-            image = Image.fromarray((grey.clip(0, 65535) // 257).astype(np.uint8))
-            if transparent is not None:
-                image.putalpha(Image.fromarray(np.where(grey == transparent, 0, 255).astype(np.uint8)))
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -11,7 +11,6 @@ the steps are fixed, and to its tolerance with dopri5, which sees the fine bands
 
 import argparse
 import json
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,14 +62,15 @@ def preview(run: Run, numbers: Iterable[int], y: Tensor | None, seed: int = 0, b
     return run.schedule.image(coarse), nfe
 
 
-def thumbnails(run: Run, num: int, y: Tensor | None, seed: int = 0, batch: int = 250, **settings) -> np.ndarray:
-    """Previews of the images 0..num-1 of a seed: uint8 (num, r, r, C). y: of all images."""
+def thumbnails(run: Run, num: int, y: Tensor | None, seed: int = 0, batch: int = 250,
+               **settings) -> tuple[np.ndarray, int]:
+    """Previews of the images 0..num-1 of a seed: uint8 (num, r, r, C), and NFE. y: of all images."""
     check_run(run)
     load.check_guidance(run.cfg, settings["cfg_scale"], run.condition)
     load.full_float32()
-    parts = [preview(run, part, None if y is None else y[part.start : part.stop], seed, **settings)[0]
+    parts = [preview(run, part, None if y is None else y[part.start : part.stop], seed, **settings)
              for part in sample.chunks_of(num, batch)]
-    return np.concatenate([run.decode(x1) for x1 in parts])
+    return np.concatenate([run.decode(x1) for x1, _ in parts]), parts[0][1]
 
 
 def vary(run: Run, number: int, count: int, y: Tensor | None, seed: int = 0, bands: int = 1,
@@ -123,21 +123,11 @@ def upsample_picture(run: Run, small: np.ndarray, count: int, y: Tensor | None, 
 
 
 def show_previews(run: Run, args: argparse.Namespace, y: Tensor | None, settings: dict) -> tuple:
-    def timed(first, stop, bands):
-        numbers, y_part, began = args.numbers[first:stop], None if y is None else y[first:stop], time.perf_counter()
-        x1, nfe = preview(run, numbers, y_part, args.seed, bands, **settings)
-        return run.decode(x1), nfe, (time.perf_counter() - began) / len(numbers)
-
-    timed(0, 2, args.bands)                                 # so that loading does not count
-    parts = [timed(part.start, part.stop, args.bands) for part in sample.chunks_of(args.num, args.batch)]
-    images, nfe = np.concatenate([part[0] for part in parts]), parts[0][1]
-    seconds = sum(len(part[0]) * part[2] for part in parts) / args.num
-    speed_up = timed(0, args.batch, run.cfg.num_scales)[2] / seconds            # all bands are whole images
+    images, nfe = thumbnails(run, args.num, y, args.seed, args.batch, bands=args.bands, **settings)
     starts = range(0, min(args.num, 100), 10)
     picture = [list(images[i : i + 10]) for i in starts], [[str(i + k) for k in range(10)] for i in starts]
-    return {"num": args.num, "nfe": nfe, "seconds_per_image": seconds, "speed_up": speed_up}, images, picture, (
-        f"previews   {args.num} thumbnails of {images.shape[1]} x {images.shape[2]}, {nfe} calls of the network, "
-        f"{seconds:.4f} s each: {speed_up:.1f} times faster than whole images")
+    return {"num": args.num, "nfe": nfe}, images, picture, (
+        f"previews   {args.num} thumbnails of {images.shape[1]} x {images.shape[2]}, {nfe} calls of the network")
 
 
 def show_refined(run: Run, args: argparse.Namespace, y: Tensor | None, settings: dict) -> tuple:

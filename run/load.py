@@ -147,7 +147,7 @@ class Run:
         if preview:
             from extras import causal
 
-            return causal.thumbnails(self, num, y, seed, batch, **settings)
+            return causal.thumbnails(self, num, y, seed, batch, **settings)[0]
         return sample.generate(self, num, y, seed, batch, **settings)[0]
 
 
@@ -226,11 +226,6 @@ def fine_tune(model: MoTDiT, name: str, facts: dict) -> str:
         weights |= {key: value for key, value in model.state_dict().items() if key.startswith("condition.")}
         lines.append(f"its condition ({len(old.get('classes', ()))} classes) differs from this run's "
                      f"({len(facts['classes'])} classes): the embedding starts anew")
-    if (old.get("latent") or {}).get("sha256") != (facts["latent"] or {}).get("sha256"):
-        lines.append("it was trained on other latents, or on pixels: another autoencoder than this run's")
-    if (side := old.get("side")) not in (None, model.resolution):
-        lines.append(f"it was trained on {side} x {side}, this run is {model.resolution} x {model.resolution}: "
-                     "positions are recomputed")
     load_weights(model, weights, name)
     return "\n".join(lines)
 

@@ -4,7 +4,6 @@ One line of metrics.jsonl for every --log-every steps:
 
     step, images, epoch             where the run is
     loss, loss_bands                mean squared error of each band, null when no step used it; loss: their sum
-    loss_bins                       for each band, by time: ten bins of [0, 1], null where nothing was drawn
     grad_norm, lr, skipped          norm before clipping; rate of the last step; steps that were not finite
     images_per_second               over all processes, also ..._per_gpu; seconds_left at this speed
     data_wait                       share of the time spent waiting for data
@@ -38,7 +37,6 @@ from run import checkpoint
 from run.memory import forward_flops, meta_model, peak_flops
 from run.ranks import Ranks
 
-BINS = 10
 PATIENCE = 10                                               # steps in a row that are not finite: then training stops
 
 
@@ -65,7 +63,6 @@ class Log:
 
     def clear(self) -> None:
         self.rows, self.steps, self.waited, self.began = [], [], 0.0, time.perf_counter()
-        self.bins = torch.zeros(2, self.cfg.num_scales, BINS, device=self.ranks.device)     # sum of errors, count
         self.images_by_stage = [0.0] * self.cfg.num_scales
 
     def wait_for(self, batches: Iterator) -> Iterable:
@@ -89,11 +86,8 @@ class Log:
         """One micro-batch: its loss, and for each active band (t, squared error), one number per example."""
         bands = self.cfg.num_scales
         row = torch.zeros(2 * bands + 1, device=self.ranks.device)              # sum and count by band, loss
-        for i, (t, error) in enumerate(errors):
+        for i, (_, error) in enumerate(errors):
             row[2 * i], row[2 * i + 1] = error.sum(), float(len(error))
-            place, finite = (t * BINS).long().clamp(max=BINS - 1), error.isfinite()
-            for plane, values in enumerate((torch.where(finite, error, 0), finite)):
-                self.bins[plane, i].index_add_(0, place, values.float())
         row[2 * bands] = loss.detach() * (images / self.cfg.batch)              # sums to the mean over the batch
         shares = self.shares if self.cfg.stages == "stratified" else [float(s == len(errors) - 1) for s in range(bands)]
         self.images_by_stage = [n + share * images for n, share in zip(self.images_by_stage, shares, strict=True)]
@@ -109,8 +103,7 @@ class Log:
         """One line for the steps since the last. Steps that were not applied are named and left out; PATIENCE of them
         in a row raise UserError."""
         rows = self.ranks.sum(torch.stack(self.rows)).double().cpu()                # waits for device and processes
-        bins, first, applied = self.ranks.sum(self.bins).cpu(), 0, []
-        norms = torch.stack([norm for _, _, norm in self.steps]).tolist()
+        first, applied, norms = 0, [], torch.stack([norm for _, _, norm in self.steps]).tolist()
         for (step, end, _), norm in zip(self.steps, norms, strict=True):
             row, first = rows[first:end].sum(dim=0).tolist(), end
             self.in_a_row = 0 if math.isfinite(norm) else self.in_a_row + 1
@@ -118,7 +111,7 @@ class Log:
                 applied.append((row, norm))
             else:
                 self.complain(step, row, norm)
-        line = self.line(applied, bins, time.perf_counter() - self.began)
+        line = self.line(applied, time.perf_counter() - self.began)
         if self.ranks.first:
             with open(self.file, "a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -132,7 +125,7 @@ class Log:
         self.clear()
         return line
 
-    def line(self, applied: list, bins: torch.Tensor, seconds: float) -> dict:
+    def line(self, applied: list, seconds: float) -> dict:
         """The fields above. applied: (sums, gradient norm) of each step that was finite."""
         cfg, bands, peak, device = self.cfg, self.cfg.num_scales, self.peak, self.ranks.device
         step, images = self.steps[-1][0], len(self.steps) * cfg.batch
@@ -142,8 +135,6 @@ class Log:
             "step": step, "images": step * cfg.batch, "epoch": step * cfg.batch / self.epoch,
             "loss": ratio(sums[2 * bands], len(applied)), "skipped": len(self.steps) - len(applied),
             "loss_bands": [ratio(sums[2 * i], sums[2 * i + 1]) for i in range(bands)],
-            "loss_bins": [[ratio(total, n) for total, n in zip(*band, strict=True)]
-                          for band in bins.transpose(0, 1).tolist()],
             "grad_norm": ratio(sum(norm for _, norm in applied), len(applied)), "lr": self.lr,
             "images_per_second": images / seconds, "images_per_second_per_gpu": images / seconds / self.ranks.world,
             "data_wait": self.waited / seconds, "mfu": flops / seconds / peak if flops and peak else None,

@@ -85,11 +85,13 @@ class Inception:
         path = Path(file) if file else download_inception()
         if not path.is_file():
             raise UserError(f"there is no Inception file {str(path)!r}; get it from {INCEPTION_URL}")
-        digest = sha256(path)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
         if digest != INCEPTION_SHA256 and not trust:
             raise UserError(f"{path} is not the Inception of published FIDs: its SHA-256 is {digest}, not "
                             f"{INCEPTION_SHA256}; a TorchScript file can run any code. If you know it, add --trust")
-        self.network, self.identity, self.device = load_script(path, device), f"inception {digest}", device
+        with explain(f"{path} is not a TorchScript file"):
+            self.network = torch.jit.load(path, map_location=device).eval()
+        self.identity, self.device = f"inception {digest}", device
 
     @torch.no_grad()
     def __call__(self, images: np.ndarray) -> np.ndarray:
@@ -115,12 +117,6 @@ def apply(extractor: Callable, images: np.ndarray, batch: int = 250) -> np.ndarr
     return np.concatenate([extractor(images[i : i + batch]) for i in starts]).astype(np.float64)
 
 
-def load_script(path: Path, device: torch.device | str) -> torch.nn.Module:
-    """A TorchScript file whose hash has been checked."""
-    with explain(f"{path} is not a TorchScript file"):
-        return torch.jit.load(path, map_location=device).eval()
-
-
 def download_inception() -> Path:
     """The file in torch's cache, downloaded when it is missing; an unfinished download is never used."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / "inception-2015-12-05.pt"
@@ -130,10 +126,6 @@ def download_inception() -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(INCEPTION_URL, str(path), INCEPTION_SHA256, progress=False)
     return path
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def rgb(images: np.ndarray) -> np.ndarray:

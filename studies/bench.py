@@ -1,14 +1,13 @@
 """Speed, measured on this machine.
 
-    python -m studies.bench compare                                against diffusers' DiT and another LapFlow
+    python -m studies.bench compare                                against diffusers' DiT
     python -m studies.bench gpu --budget 560 --out DIR             all that a GPU does with the models of the paper
     python -m studies.bench gpu-quality --budget 480 --out DIR     the systems on Fashion-MNIST at patch 2
     python -m studies.bench gpu-colour --budget 300 --out DIR      LapFlow on 64 x 64 photographs: pictures, previews
 
 compare: forward and backward (then forward alone, as in sampling; no optimizer) of a MoT-DiT of width 384 and depth 6,
-mean over its stages, against one pass of diffusers' DiTTransformer2DModel of the same width over the whole latent, and
-against the LapFlowDiT of the package rectified-flow-pytorch (pip install --no-deps rectified-flow-pytorch einops einx).
-In turn; ratios of medians. `limit` is the ratio of our FLOPs to those of our own single scale.
+mean over its stages, against one pass of diffusers' DiTTransformer2DModel of the same width over the whole latent.
+In turn, in float32; ratios of medians. `limit` is the ratio of our FLOPs to those of our own single scale.
 
 gpu: see studies/gpu.py. Each figure is a line of DIR/gpu.jsonl, written at once; the budget is in seconds. With
 --dry-run everything runs on the CPU with toy sizes.
@@ -16,9 +15,8 @@ gpu: see studies/gpu.py. Each figure is a line of DIR/gpu.jsonl, written at once
 
 import argparse
 import importlib.metadata
-import importlib.util
 import statistics
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -59,47 +57,25 @@ def diffusers_dit(side: int) -> torch.nn.Module:
     return Whole()
 
 
-def other_lapflow(side: int, num_scales: int) -> torch.nn.Module | None:
-    """LapFlowDiT of rectified-flow-pytorch, from its own file: its package needs more than this file does. None when it
-    is not installed."""
-    package = importlib.util.find_spec("rectified_flow_pytorch")
-    if package is None:
-        print("rectified-flow-pytorch is not installed: compared with diffusers alone")
-        return None
-    spec = importlib.util.spec_from_file_location("lap_flow", Path(package.origin).parent / "lap_flow.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.LapFlowDiT(side, 2, WIDTH, DEPTH, HEADS, 4 * WIDTH, channels=4, dim_head=WIDTH // HEADS,
-                             num_scales=num_scales, accept_cond=True, cond_as_labels=True, num_classes=CLASSES)
+def one_pass(model: torch.nn.Module, bands: list, t: torch.Tensor, y: torch.Tensor | None, backward: bool) -> None:
+    """Forward alone, or with backward."""
+    with torch.set_grad_enabled(backward):
+        out = model(list(bands), t, y)
+    if backward:
+        sum(v.square().mean() for v in out).backward()
+        model.zero_grad(set_to_none=True)
 
 
-def passes(model: torch.nn.Module, inputs: list[tuple], y: torch.Tensor | None, precision: str,
-           backward: bool) -> dict[str, Callable]:
-    """A pass of each stage: forward alone, or with backward. inputs: of each stage, from model.stage_inputs."""
-    def run(bands, t):
-        with torch.set_grad_enabled(backward), torch.autocast(t.device.type, torch.bfloat16,
-                                                              enabled=precision == "bfloat16"):
-            out = model(list(bands), t, y)
-        if backward:
-            sum(v.float().square().mean() for v in out).backward()
-            model.zero_grad(set_to_none=True)
-
-    return {f"stage {stage}": lambda given=given: run(*given) for stage, given in enumerate(inputs)}
-
-
-def bench_compare(side: int, rounds: int, device: torch.device, precision: str) -> dict:
-    """Ratios of medians, at one size of the latents; every model on random weights."""
+def bench_compare(side: int, rounds: int, device: torch.device) -> dict:
+    """Ratios of medians, at one size of the latents; both models on random weights."""
     num_scales = SCALES.get(side, 3)
     models = {"ours": ours(side, num_scales), "diffusers DiT": diffusers_dit(side)}
-    if (lapflow := other_lapflow(side, num_scales)) is not None:
-        models["rectified-flow-pytorch"] = lapflow
-    packages = ["diffusers"] + ["rectified-flow-pytorch"] * (lapflow is not None)
     flops, (flops_whole,) = (memory.forward_flops(ours(side, scales).to("meta")) for scales in (num_scales, 1))
     batch = max(1, (65536 if device.type == "cuda" else 2048) // models["ours"].num_tokens[-1])
     inputs = [models["ours"].stage_inputs(stage, batch, device) for stage in range(num_scales)]
     y = torch.randint(CLASSES, (batch,), device=device)
-    result = {"side": side, "num_scales": num_scales, "batch": batch, "precision": precision,
-              "packages": {name: importlib.metadata.version(name) for name in packages},
+    result = {"side": side, "num_scales": num_scales, "batch": batch, "precision": "float32",
+              "packages": {"diffusers": importlib.metadata.version("diffusers")},
               "limit": statistics.mean(flops) / flops_whole,
               "parameters": {name: memory.parameters(model) for name, model in models.items()}}
     for model in models.values():
@@ -108,19 +84,15 @@ def bench_compare(side: int, rounds: int, device: torch.device, precision: str) 
             if parameter.requires_grad:
                 torch.nn.init.normal_(parameter, std=0.02)
     for what, backward in (("forward and backward", True), ("forward", False)):
-        works = {}
-        for name, model in models.items():
-            stages = passes(model, inputs, y, precision, backward)
-            works.update({f"{name}, {stage}": work for stage, work in stages.items()
-                          if name != "diffusers DiT" or stage == f"stage {num_scales - 1}"})
-        taken = in_turn(works, rounds, device)
-        means = {name: statistics.mean(value for key, value in taken.items() if key.startswith(name + ","))
-                 for name in models}
-        result[what] = {"seconds": taken, "over": {name: means["ours"] / means[name]
-                                                   for name in models if name != "ours"}}
-        for name, ratio in result[what]["over"].items():
-            limit = f" (FLOPs: {result['limit']:.3f})" if name == "diffusers DiT" else ""
-            print(f"{side:4d} latents, K = {num_scales}  {what:20s} ours / {name:24s} {ratio:.3f}{limit}", flush=True)
+        works = {f"ours, stage {stage}": partial(one_pass, models["ours"], *given, y, backward)
+                 for stage, given in enumerate(inputs)}
+        whole = f"diffusers DiT, stage {num_scales - 1}"    # the finest bands have the whole size
+        taken = in_turn({**works, whole: partial(one_pass, models["diffusers DiT"], *inputs[-1], y, backward)}, rounds,
+                        device)
+        ratio = statistics.mean(taken[name] for name in works) / taken[whole]
+        result[what] = {"seconds": taken, "over": {"diffusers DiT": ratio}}
+        print(f"{side:4d} latents, K = {num_scales}  {what:20s} ours / diffusers DiT {ratio:.3f} "
+              f"(FLOPs: {result['limit']:.3f})", flush=True)
     return result
 
 
@@ -131,7 +103,7 @@ def measure_comparison(args: argparse.Namespace) -> None:
         raise UserError(f"--sides must be numbers divisible by 8, like 32,64; not {args.sides}")
     device = best_device(args.device)
     for side in map(int, args.sides.split(",")):
-        result = bench_compare(side, args.rounds, device, args.precision)
+        result = bench_compare(side, args.rounds, device)
         if args.record:
             log.record(args.record, None, device, {"what": "compare", **result})
 
@@ -144,7 +116,6 @@ def main() -> None:
     compare = flags["compare"]
     compare.add_argument("--record", metavar="FILE", help="append the result and how it was made to a .jsonl")
     compare.add_argument("--sides", default="32,64,128", help="sizes of the latents [32,64,128]")
-    compare.add_argument("--precision", choices=config.PRECISIONS, default="float32", help="[float32]")
     compare.add_argument("--rounds", type=int, default=7, help="repetitions that the medians are taken of [7]")
     compare.add_argument("--device", help="cpu, cuda, cuda:1, mps [the best there is]")
     for what, budget in zip(gpu.COMMANDS, (560, 480, 300), strict=True):

@@ -35,7 +35,6 @@ from run import checkpoint, load, log, memory, paper, pictures
 from run.ranks import best_device
 from scores.classifier import load_classifier
 from scores.features import load_extractor
-from studies import plan
 from studies.output import markdown, origin, plot, spread
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,12 +60,6 @@ ABLATIONS = {
     "separate": {"one MoT": ({}, 3.53), "a network for each segment": ({"method": "separate"}, 3.60)},
     "stages": {"stratified": ({}, None), "one for each batch": ({"stages": "batch"}, None)},
     "times": {"[T_s, 1]": ({}, 3.53), "[T_s, T_(s+1)]": ({"full_range": False}, None)},
-    "sharing": {"experts full": ({}, None), "experts none": ({"experts": "none"}, None),
-                "experts none, times of the segment": ({"experts": "none", "full_range": False}, None),
-                "experts qkv, times of the segment": ({"experts": "qkv", "full_range": False}, None),
-                "no mask, times of the segment": ({"mask": "none", "full_range": False}, None),
-                "experts none, no mask, times of the segment": (
-                    {"experts": "none", "mask": "none", "full_range": False}, None)},
     "condition-tokens": {"on": ({}, None), "off": ({"condition_tokens": False}, None)},
 }
 COLUMNS = {"frechet_pixel": ("FD", 3), "frechet": ("FD, classifier", 2),
@@ -96,18 +89,6 @@ def data_facts(dataset: str) -> dict:
     return memory.quick_facts(paper.resolve({"dataset": dataset}))
 
 
-@cache
-def counted(cfg: Config, dataset: str) -> tuple[int, list[int]]:
-    """Parameters, and FLOPs of a forward pass by stage, of plan.key of a configuration."""
-    facts = data_facts(dataset)
-    return memory.parameters(memory.meta_model(cfg, facts)), plan.flops_by_stage(cfg, facts)
-
-
-def step_flops(cfg: Config, dataset: str) -> float:
-    """Of one training step: backward is two forwards."""
-    return 3 * cfg.batch * memory.mean_of_stages(cfg, counted(plan.key(cfg), dataset)[1])
-
-
 def plan_runs(args: argparse.Namespace) -> list[tuple[str, Config]]:
     """The runs of a comparison: (name, configuration), seed by seed. LapFlow, the first variant, sets the FLOPs."""
     out, given = Path(args.out), {"dataset": args.dataset}
@@ -118,7 +99,7 @@ def plan_runs(args: argparse.Namespace) -> list[tuple[str, Config]]:
         if more.get("method") == "lfm":
             more["num_scales"] = 1
         cfg = paper.resolve({**given, **more, "out": "-"})
-        flops = step_flops(cfg, args.dataset)
+        flops = memory.step_flops(cfg, data_facts(args.dataset))
         if budget is None:
             budget, budget_steps = cfg.steps * flops, cfg.steps
         steps = max(1, round(budget / flops))
@@ -174,14 +155,17 @@ def train_one(name: str, cfg: Config, args: argparse.Namespace, commit: str, chi
     scores = json.loads((folder / "scores.json").read_text())
     if cfg.dataset == "fashion":
         scores = judged(cfg, args.device, scores)
-    parameters, flops = counted(plan.key(cfg), args.dataset)
+    facts = data_facts(args.dataset)
+    model = memory.meta_model(cfg, facts)
+    flops = memory.forward_flops(model)
     sampling = sum(calls * count for calls, count in zip(scores["nfe_segments"], flops, strict=True))
     curve = checkpoint.read_lines(path for path in [folder / "scores.jsonl"] if path.exists())
     for key in ("run", "seconds_per_image", "seconds_total"):           # times are measured later, one run at a time
         scores.pop(key, None)
     log.record(args.record, cfg, best_device(args.device), {
-        "commit": commit, "what": "run", "settings": variants(args)[name][0], "parameters": parameters,
-        "training_flops": cfg.steps * step_flops(cfg, args.dataset), "sampling_flops": sampling, "jobs": args.jobs,
+        "commit": commit, "what": "run", "settings": variants(args)[name][0],
+        "parameters": memory.parameters(model), "training_flops": cfg.steps * memory.step_flops(cfg, facts),
+        "sampling_flops": sampling, "jobs": args.jobs,
         "curve": [[line["step"], line["frechet_pixel"]] for line in curve], **scores})
     print(f"{name:30s} seed {cfg.seed}: FD {scores['frechet_pixel']:.4f}", flush=True)
 

@@ -45,26 +45,6 @@ def digits() -> str:
             f"{origin(rows + lfm, 'hardware', 'versions')}; `{rows[0]['command']}`.")
 
 
-def solver_name(row: dict) -> str:
-    size = f"{row['rtol']:g}" if row["solver"] == "dopri5" else f"{row['steps']} steps"
-    return f"{row['solver']} {size}, {row['precision']}"
-
-
-def study() -> str:
-    """Solvers of the default run: those that no other beats in both time and distance, and all of dopri5."""
-    rows, best, chosen = sorted(lines("study"), key=lambda row: row["seconds_per_image"]), float("inf"), []
-    for row in rows:
-        if row["distance"] < best or (row["solver"], row["precision"]) == ("dopri5", "float32"):
-            chosen.append(row)
-        best = min(best, row["distance"])
-    table = markdown(["solver", "NFE", "s per image", "Frechet distance, pixels"], [
-        [solver_name(row), f"{row['nfe']:.0f}", f"{row['seconds_per_image']:.4f}", f"{row['distance']:.4f}"]
-        for row in chosen])
-    return (f"{table}\n\nThose that no other beats in both, and all of "
-            f"dopri5 in float32; all {len(rows)} are in results/study.jsonl; {origin(rows, 'hardware', 'versions')}; "
-            f"`{rows[0]['command']}`.")
-
-
 def causal() -> str:
     """Previews, refinement and upsampling, measured on the default run."""
     preview, refine, vary, upsample = ({row["what"]: row for row in lines("causal")}[what] for what in (
@@ -79,15 +59,6 @@ def causal() -> str:
              f"{upsample['rms_of_input_bicubic']:.1f}"]]
     return (f"{markdown(['on the digits', 'measured'], rows)}\n\nheun, {preview['steps']} steps; "
             f"{origin([preview], 'hardware', 'versions')}.")
-
-
-def mask_cost() -> str:
-    """Errors of the covariance under the causal mask; tests/test_sample.py computes them in closed form."""
-    times, rows = ("0.1", "0.2", "0.5", "0.9"), lines("mask_cost")
-    free = {row["data"]: max(row["errors"].values()) for row in rows if not row["causal"]}
-    return markdown(["Gaussian data like", *(f"T = {t}" for t in times), "no mask"], [
-        [row["data"], *(f"{100 * row['errors'][t]:.2g}%" for t in times), f"{100 * free[row['data']]:.0g}%"]
-        for row in rows if row["causal"]])
 
 
 def of_one_length(name: str, wanted: dict) -> tuple[dict, dict]:
@@ -130,19 +101,11 @@ def systems(name: str) -> str:
     return compare.table(runs, {}, times) + (note if runs["DFM"] else "")
 
 
-# Digits as RGB files, and the latents of a small autoencoder of them: commit 24c102d has the code.
-SPACE = {"latents": ({"space": "latent"}, 3.53), "pixels": ({}, 8.63),
-         "latents, LFM": ({"space": "latent", "method": "lfm"}, 7.77), "pixels, LFM": ({"method": "lfm"}, 11.58)}
-
-
 def ablations() -> str:
     """The ablations on the digits, the paper's FID beside our distance, and whether its ranking holds."""
-    rows, table = lines("ablations"), []
-    for ablation, variants in {**compare.ABLATIONS, "space": SPACE}.items():
-        if ablation == "sharing":                           # at the length of the systems: LOG.md has it
-            continue
-        own = [row for row in rows if (row["config"]["dataset"] == "folder") == (ablation == "space")]
-        runs, _ = compare.gathered(own, {name: settings for name, (settings, _) in variants.items()})
+    rows, table = [row for row in lines("ablations") if row["config"]["dataset"] == "digits"], []
+    for ablation, variants in compare.ABLATIONS.items():
+        runs, _ = compare.gathered(rows, {name: settings for name, (settings, _) in variants.items()})
         paper_fid = {name: fid for name, (_, fid) in variants.items()}
         for name, group in runs.items():
             if group:
@@ -203,8 +166,8 @@ def gpu() -> str:
     return markdown(head, table) + (f"\n\n{origin(rows, 'hardware', 'versions')}; `{commands}`." if rows else "")
 
 
-TABLES = {"garments": garments, "digits": digits, "presets": plan.presets, "speed": speed, "study": study,
-          "causal": causal, "mask_cost": mask_cost, "systems": partial(systems, "compare"),
+TABLES = {"garments": garments, "digits": digits, "presets": plan.presets, "speed": speed, "causal": causal,
+          "systems": partial(systems, "compare"),
           "fashion": partial(systems, "fashion"), "ablations": ablations, "gpu": gpu,
           "quality": partial(systems, "quality")}
 

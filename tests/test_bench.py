@@ -1,6 +1,5 @@
 """studies.bench counts exactly, and what it times is what it prints."""
 
-import importlib.util
 import json
 import statistics
 import sys
@@ -58,8 +57,8 @@ def test_a_pass_of_a_stage_is_forward_and_backward_of_its_bands():
     inputs, calls = [model.stage_inputs(stage, 3) for stage in range(2)], []
     model.register_forward_hook(lambda module, given, out: calls.append((len(given[0]), out[0].requires_grad)))
     for backward in (True, False):
-        for work in bench.passes(model, inputs, torch.tensor([0, 1, 2]), "float32", backward).values():
-            work()
+        for bands, t in inputs:
+            bench.one_pass(model, bands, t, torch.tensor([0, 1, 2]), backward)
     assert calls == [(1, True), (2, True), (1, False), (2, False)]
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -106,9 +105,6 @@ def test_the_random_cache_is_one_that_training_reads(tmp_path):
 def test_compare_measures_the_same_shapes(monkeypatch, program, tmp_path):
     for name, value in (("WIDTH", 32), ("DEPTH", 1), ("HEADS", 2)):
         monkeypatch.setattr(bench, name, value)
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: (
-        None if name == "rectified_flow_pytorch" else find_spec(name, *rest)))
     out = program("compare", "--sides", "16", "--rounds", 1, "--device", "cpu", "--record", "lines.jsonl")
     result = line(tmp_path)
     assert result["num_scales"] == 3 and result["batch"] == 32 and 0.3 < result["limit"] < 0.6
@@ -120,7 +116,7 @@ def test_compare_measures_the_same_shapes(monkeypatch, program, tmp_path):
         assert "diffusers DiT, stage 0" not in seconds and min(seconds.values()) > 0
         mean = sum(seconds[f"ours, stage {s}"] for s in range(3)) / 3
         assert result[what]["over"]["diffusers DiT"] == pytest.approx(mean / seconds["diffusers DiT, stage 2"])
-    assert "is not installed" in out and "ours / diffusers DiT" in out
+    assert "ours / diffusers DiT" in out
 
 
 @pytest.mark.parametrize("command, words", [
@@ -133,7 +129,7 @@ def test_errors(program, tmp_path, command, words):
         program(*command.split())
 
 
-@pytest.mark.parametrize("command", ["compare --size B/2", "train", "compare --precision 16", "count",
+@pytest.mark.parametrize("command", ["compare --size B/2", "train", "compare --precision bfloat16", "count",
                                      "gpu --record out", "gpu --data clothes"])
 def test_each_command_takes_its_own_flags_only(program, command, capsys):
     with pytest.raises(SystemExit):

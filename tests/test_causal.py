@@ -258,22 +258,6 @@ def test_the_four_commands(command, tmp_path, condition):
         path.name for path in (tmp_path / "drawn").iterdir()}
 
 
-def test_how_many_times_faster_previews_are(run, monkeypatch):
-    """By a clock of the test, on which an image takes a second for each of its bands."""
-    clock = SimpleNamespace(now=0.0)
-
-    def preview(run, numbers, y, seed, bands):
-        clock.now += bands * len(numbers)
-        return torch.zeros(len(numbers), 2, 4, 4), 9
-
-    monkeypatch.setattr(causal, "preview", preview)
-    monkeypatch.setattr(causal, "time", SimpleNamespace(perf_counter=lambda: clock.now))
-    args = SimpleNamespace(num=7, numbers=range(7), batch=3, bands=2, seed=0)
-    report, images, _, text = causal.show_previews(run, args, None, {})
-    assert report["seconds_per_image"] == 2 and report["speed_up"] == 1.5 and len(images) == 7
-    assert "2.0000 s each: 1.5 times faster than whole images" in text
-
-
 def test_a_command_reports_what_it_cannot_do(give_up, tmp_path):
     run = on_digits(tmp_path)
     for arguments, words in (

@@ -66,13 +66,6 @@ def test_sixteen_bits_keep_the_upper_eight():
         assert abs(read(io.BytesIO(png(pixels, 16, colour))) - shown).max() < 3, colour
 
 
-def test_a_transparent_grey_level_of_sixteen_bits_is_white():
-    deep = np.full((SIDE, SIDE), 1000)
-    deep[3, 5] = 40000
-    pixels = read(io.BytesIO(png(deep, 16, 0, chunk(b"tRNS", struct.pack(">H", 40000)))))
-    assert (pixels[3, 5] == 255).all() and (np.delete(pixels.reshape(-1, 3), 3 * SIDE + 5, axis=0) == 3).all()
-
-
 def test_palettes_with_transparency_lie_on_white():
     colours = np.random.default_rng(2).integers(0, 256, (8, 3))
     alpha, index = np.array([0, 255, 128, 255, 255, 255, 255, 255]), np.arange(SIDE * SIDE).reshape(SIDE, SIDE) % 8
