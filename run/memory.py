@@ -18,7 +18,7 @@ import baselines
 from config import Config, UserError
 from data import batches, latents, sources
 from run.load import build_model
-from run.paper import CELEBAHQ, IMAGENET, PRESETS, find_row
+from run.paper import CELEBAHQ, IMAGENET, find_row
 from run.ranks import Ranks
 
 VAE_PARAMETERS = 83_653_863                                 # the autoencoder of Stable Diffusion; EQ-VAE is the same
@@ -182,35 +182,27 @@ def quick_facts(cfg: Config) -> dict:
 
 
 def describe(cfg: Config) -> str:
-    """The lines of --dry-run: what a run is and what it costs, with the paper's numbers where it is a row of it."""
+    """The lines of --dry-run: what a run is and what it costs."""
     facts = quick_facts(cfg)
-    model, count, row = meta_model(cfg, facts), facts["count"], find_row(cfg)
-    paper, vae = PRESETS[row].paper if row else {}, VAE_PARAMETERS if cfg.space == "latent" else 0
+    model, count, vae = meta_model(cfg, facts), facts["count"], VAE_PARAMETERS if cfg.space == "latent" else 0
     flops, images = forward_flops(model), cfg.batch * cfg.steps
     mean = mean_of_stages(cfg, flops)
     total = 3 * images * mean
     days = [f"{total / (8 * PEAK[name] * ASSUMED_MFU) / 86400:.2g} on 8 {name}" for name in ("H200", "A100", "4090")]
     memory = [f"{memory_bytes(model, cfg, cfg.batch // n, n) / 1e9:.1f} GB on each of {n}" for n in (1, 8)
               if cfg.batch % n == 0]
-    names = {"fid": "FID-50k {}", "recall": "recall {}", "nfe": "{} NFE", "seconds": "{} s per image"}
-    results = ", ".join(text.format(paper[name]) for name, text in names.items() if name in paper)
-
-    def reported(key: str, text: str) -> str:
-        return f"; the paper: {text.format(paper[key])}" if key in paper else ""
-
     condition = f"vectors of {facts['vectors'][1]} numbers" if facts["vectors"] else f"{len(facts['classes'])} classes"
     with_vae = f", {(parameters(model) + vae) / 1e6:.1f} M with the VAE" if vae else ""
     epochs = f" = {images / count:,.1f} epochs of {count:,}" if count else ""
     lines = [
-        f"row        {row or 'none of the paper'}" + (f"; the paper reports {results}" if results else ""),
+        f"preset     {find_row(cfg) or 'none'}",
         f"input      {facts['channels']} x {facts['side']} x {facts['side']}, {model.num_scales} bands, {condition}",
-        f"parameters {parameters(model) / 1e6:.1f} M{with_vae}{reported('parameters', '{} M with the VAE')}",
+        f"parameters {parameters(model) / 1e6:.1f} M{with_vae}",
         f"tokens     {tokens_by_stage(model)} by stage, from patches of {model.patch_size}",
         f"GFLOPs     {', '.join(f'{n / 1e9:.4g}' for n in flops)} by stage, for one forward pass of one image; "
         f"mean {mean / 1e9:.4g}",
         f"training   {cfg.steps:,} steps of {cfg.batch} images{epochs}; {total:.2e} FLOPs",
-        f"memory     {', '.join(memory)} without micro-batches (estimated){reported('memory', '{} GB on 8')}"]
+        f"memory     {', '.join(memory)} without micro-batches (estimated)"]
     if total > 1e18:                                        # more than an hour of a GPU
-        lines.append(f"days       {', '.join(days)} at {ASSUMED_MFU:.0%} of the peak (assumed)"
-                     f"{reported('days', '{} on 8 H200')}")
+        lines.append(f"days       {', '.join(days)} at {ASSUMED_MFU:.0%} of the peak (assumed)")
     return "\n".join(lines)
