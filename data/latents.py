@@ -11,7 +11,6 @@ after a stop or a kill. The cache, latents/DATASET-RES-VAE/SPLIT:
     labels.npy    int64 (N,); -1 for an image that was left out
     vectors.npy   float32 (N, dim), with --condition vectors only
     header.json   what it was made of and how; train.py refuses a cache that does not match its run
-    names.txt     the images, in order
 """
 
 import hashlib
@@ -43,7 +42,7 @@ class Autoencoder:
 
     PIXELS = 2**20                                          # at a time: one image of 1024 x 1024; bounds the memory
 
-    def __init__(self, name: str, device: torch.device | str, precision: str = "float32", expect: dict | None = None):
+    def __init__(self, name: str, device: torch.device | str, expect: dict | None = None):
         from diffusers import AutoencoderKL
 
         folder = Path(name)
@@ -52,7 +51,7 @@ class Autoencoder:
         if not (folder / "config.json").exists() and (folder / "vae").is_dir():
             folder = folder / "vae"                         # a whole pipeline
         with sources.explain(f"there is no AutoencoderKL of diffusers in {folder}"):
-            vae = AutoencoderKL.from_pretrained(folder, torch_dtype=getattr(torch, precision), local_files_only=True,
+            vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True,
                                                 low_cpu_mem_usage=False)            # needs no accelerate
         channels, digest = vae.config.latent_channels, hashlib.sha256()
         for key, tensor in sorted(vae.state_dict().items()):
@@ -60,7 +59,7 @@ class Autoencoder:
         mean, std = (getattr(vae.config, key, None) for key in ("latents_mean", "latents_std"))
         self.facts = {
             "name": name, "revision": folder.name if folder.parent.name == "snapshots" else "",
-            "sha256": digest.hexdigest(), "precision": precision,
+            "sha256": digest.hexdigest(), "precision": "float32",
             "factor": 2 ** (len(vae.config.block_out_channels) - 1),
             "shift": [float(m) for m in mean] if mean else [float(vae.config.shift_factor or 0)] * channels,
             "scale": [vae.config.scaling_factor / float(s) for s in (std or [1.0] * channels)]}
@@ -69,7 +68,7 @@ class Autoencoder:
                 raise UserError(f"the autoencoder {name} is not the one that made the latents of this run: its {key} "
                                 "differs. A decoder of another VAE gives wrong colours; use the same one")
         self.vae = vae.eval().requires_grad_(False).to(device)
-        self.channels, self.factor, self.dtype = channels, self.facts["factor"], vae.dtype
+        self.channels, self.factor = channels, self.facts["factor"]
         self.shift, self.scale = (torch.tensor(self.facts[key], device=device).view(-1, 1, 1)
                                   for key in ("shift", "scale"))
 
@@ -77,15 +76,15 @@ class Autoencoder:
     def moments(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, R, R) in [-1, 1] -> mean and standard deviation of the posterior (B, 2C, R/f, R/f), float32."""
         chunk = max(1, self.PIXELS // (x.shape[-1] * x.shape[-2]))
-        parts = [self.vae.encode(part.to(self.dtype)).latent_dist for part in x.split(chunk)]
-        return torch.cat([torch.cat([part.mean, part.std], dim=1).float() for part in parts])
+        parts = [self.vae.encode(part).latent_dist for part in x.split(chunk)]
+        return torch.cat([torch.cat([part.mean, part.std], dim=1) for part in parts])
 
     @torch.no_grad()
     def decode(self, x1: torch.Tensor) -> torch.Tensor:
         """Normalised latents (B, C, h, w) -> images (B, 3, R, R), about in [-1, 1], a few at a time."""
-        z = (x1.to(self.scale.device) / self.scale + self.shift).to(self.dtype)
+        z = x1.to(self.scale.device) / self.scale + self.shift
         chunk = max(1, self.PIXELS // (z.shape[-1] * z.shape[-2] * self.factor**2))
-        return torch.cat([self.vae.decode(part).sample.float() for part in z.split(chunk)])
+        return torch.cat([self.vae.decode(part).sample for part in z.split(chunk)])
 
 
 def read_header(folder: Path) -> dict | None:
@@ -93,7 +92,6 @@ def read_header(folder: Path) -> dict | None:
     header = checkpoint.read_json(folder / "header.json", "header of a latent cache")
     if header is None:
         return None
-    header.setdefault("split", "train")
     kinds = {"complete": bool, "dataset": str, "split": str, "res": int, "fingerprint": str, "count": int}
     wrong = [name for name, kind in kinds.items() if type(header.get(name)) is not kind]        # true is not a count
     wrong += what_is_wrong(header, header.get("vae") or {})
@@ -200,7 +198,7 @@ class Cache:
         finite = moments.isfinite().flatten(1).all(dim=1)
         if not finite.all():
             name = self.source.names[numbers[int((~finite).nonzero()[0])]]
-            raise UserError(f"the VAE gives values that are not finite for {name!r}: try --precision float32")
+            raise UserError(f"the VAE gives values that are not finite for {name!r}")
         bad = {i: problem for i, (_, problem) in zip(numbers, images, strict=True) if problem}
         return moments.numpy(), {"bad": bad}
 
@@ -220,22 +218,19 @@ class Cache:
             raise UserError(f"none of the {len(bad)} images of {self.source.where} can be read: {bad[0]}")
         labels[list(bad)] = -1
         np.save(self.folder / "labels.npy", labels)
-        names = "\n".join(self.source.names) + "\n"
-        (self.folder / "names.txt").write_bytes(names.encode(errors="surrogateescape"))
         left_out = [f"{i}: {problem}" for i, problem in sorted(bad.items())]
         self.write_header({**self.header, "complete": True, "left_out": left_out})
         self.forget_notes()
 
 
 def encode(dataset: str, res: int, data: str, vae: str, out: Path, split: str = "train", condition: str = "labels",
-           batch: int = 16, precision: str = "float32", workers: int = 4, skip_bad: bool = False,
-           device: str | None = None) -> dict:
+           batch: int = 16, workers: int = 4, skip_bad: bool = False, device: str | None = None) -> dict:
     """Encodes a data set into `out`, or goes on with it. Returns the header. Raises UserError for what goes wrong."""
     with Ranks.start(device) as ranks, sources.explain(
             f"encoding into {out} stopped", "; the same command goes on from there", OSError):
         source = sources.open_source(dataset, data, split)
-        torch.backends.cudnn.allow_tf32 = False             # full float32 where --precision float32 is given
-        autoencoder = Autoencoder(vae, ranks.device, precision)
+        torch.backends.cudnn.allow_tf32 = False
+        autoencoder = Autoencoder(vae, ranks.device)
         if res % autoencoder.factor:
             raise UserError(f"--res {res} is not divisible by {autoencoder.factor}, the factor of the VAE {vae}")
         header = {"complete": False, "dataset": dataset, "split": split, "where": data, "res": res,
@@ -263,7 +258,6 @@ def main() -> None:
     parser.add_argument("--vae", help="folder, or OWNER/NAME[@REVISION] on the hub [that of the paper for this --res]")
     parser.add_argument("--out", help="directory of the cache [latents/DATASET-RES-VAE/SPLIT]")
     parser.add_argument("--batch", type=int, default=16, help="images at a time; part of the cache's identity [16]")
-    parser.add_argument("--precision", default="float32", choices=config.PRECISIONS, help="of the VAE")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="threads that read images")
     parser.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read: they are named")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps [the best there is]")

@@ -200,7 +200,6 @@ def check(run: Run, args: argparse.Namespace) -> None:
 def draw(args: argparse.Namespace) -> None:
     args.num = len(args.numbers) if args.command == "refine" else args.num
     args.numbers = args.numbers if "numbers" in args else list(range(args.num))
-    log.check_record(args.record)
     run = load.load_run(args.run, args.raw, args.device, args.vae)
     check(run, args)
     settings = solver.solver_settings(run.cfg, args)
@@ -222,8 +221,6 @@ def draw(args: argparse.Namespace) -> None:
     report = {"what": args.command, **report, "seed": args.seed, "bands": args.bands, **settings,
               "run": str(run.folder), "step": run.step, "weights": run.weights}
     (out / f"{args.command}.json").write_text(json.dumps(report, indent=2))
-    if args.record:
-        log.record(args.record, run.cfg, run.device, report)
 
 
 def main() -> None:
@@ -242,7 +239,6 @@ def main() -> None:
             flags.add_argument("-n", "--num", type=int, default=num, help=f"number of images [{num}]")
         flags.add_argument("--bands", type=int, default=1, help="number of coarse bands, previewed or given [1]")
         flags.add_argument("--out", help="directory to write [RUN/samples]")
-        flags.add_argument("--record", metavar="FILE", help="append the result and how it was made to a .jsonl file")
         config.add_sampling_flags(flags)
     draw(parser.parse_args())
 

@@ -220,14 +220,14 @@ def fine_tune(model: MoTDiT, name: str, facts: dict) -> str:
     else:
         _, state, which = read_state(name)
     weights, old = {key: x.float() for key, x in state[WEIGHTS[which]].items()}, state["data"]
-    lines = [f"starting from the weights of {name} at step {state['step']}"]
+    text = f"starting from the weights of {name} at step {state['step']}"
     if (old.get("classes"), old.get("vectors")) != (facts["classes"], facts["vectors"]):
         weights = {key: value for key, value in weights.items() if not key.startswith("condition.")}
         weights |= {key: value for key, value in model.state_dict().items() if key.startswith("condition.")}
-        lines.append(f"its condition ({len(old.get('classes', ()))} classes) differs from this run's "
-                     f"({len(facts['classes'])} classes): the embedding starts anew")
+        text += (f"\nits condition ({len(old.get('classes', ()))} classes) differs from this run's "
+                 f"({len(facts['classes'])} classes): the embedding starts anew")
     load_weights(model, weights, name)
-    return "\n".join(lines)
+    return text
 
 
 def check_guidance(cfg: Config, cfg_scale: float, condition: object | None) -> None:

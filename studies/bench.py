@@ -13,7 +13,6 @@ gpu: see studies/gpu.py. Each figure is a line of DIR/gpu.jsonl, written at once
 --dry-run everything runs on the CPU with toy sizes.
 """
 
-import argparse
 import importlib.metadata
 import statistics
 from functools import partial
@@ -96,18 +95,6 @@ def bench_compare(side: int, rounds: int, device: torch.device) -> dict:
     return result
 
 
-def measure_comparison(args: argparse.Namespace) -> None:
-    if args.rounds < 1:
-        raise UserError("--rounds must be at least 1")
-    if not all(side.isdecimal() and int(side) % 8 == 0 and int(side) for side in args.sides.split(",")):
-        raise UserError(f"--sides must be numbers divisible by 8, like 32,64; not {args.sides}")
-    device = best_device(args.device)
-    for side in map(int, args.sides.split(",")):
-        result = bench_compare(side, args.rounds, device)
-        if args.record:
-            log.record(args.record, None, device, {"what": "compare", **result})
-
-
 def main() -> None:
     parser = config.parser(__doc__, "python -m studies.bench WHAT [options]")
     commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
@@ -126,8 +113,16 @@ def main() -> None:
     args = parser.parse_args()
     if args.what in gpu.COMMANDS:
         return gpu.measure(args.what, args.out, args.budget, args.dry_run, getattr(args, "data", ""))
+    if args.rounds < 1:
+        raise UserError("--rounds must be at least 1")
+    if not all(side.isdecimal() and int(side) % 8 == 0 and int(side) for side in args.sides.split(",")):
+        raise UserError(f"--sides must be numbers divisible by 8, like 32,64; not {args.sides}")
     log.check_record(args.record)
-    measure_comparison(args)
+    device = best_device(args.device)
+    for side in map(int, args.sides.split(",")):
+        result = bench_compare(side, args.rounds, device)
+        if args.record:
+            log.record(args.record, None, device, {"what": "compare", **result})
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cache
 from pathlib import Path
@@ -178,26 +177,11 @@ def judged(cfg: Config, device: str | None, scores: dict) -> dict:
     dataset = batches.load(cfg)
     scores = {**report, **fid.evaluate(dataset, images, y, run.decode)}
     if importlib.util.find_spec("efficientnet_lite_pytorch"):
-        judged = fid.evaluate(dataset, images, y, run.decode, remembering("efficientnet"))
+        judged = fid.evaluate(dataset, images, y, run.decode, load_extractor("efficientnet"))
         for side, values in ((scores, judged), (scores["real"], judged["real"])):
             side |= {f"{name}_efficientnet": values[name] for name in ("frechet", "kid", "precision", "recall")}
     judged = fid.evaluate(dataset, images, y, run.decode, load_classifier(dataset, run.decode, run.device))
     return scores | judged | {"real": scores["real"] | judged["real"]}
-
-
-@cache
-def remembering(name: str) -> Callable:
-    """An extractor that computes the features of the same images once: the real ones are those of every run."""
-    extractor, seen = load_extractor(name), {}
-
-    def features(images):
-        key = hash(images.tobytes())
-        if key not in seen:
-            seen[key] = extractor(images)
-        return seen[key]
-
-    features.name, features.identity = extractor.name, extractor.identity
-    return features
 
 
 def measure_times(planned: list[tuple[str, Config]], args: argparse.Namespace, rounds: int = 3,

@@ -8,9 +8,6 @@ days are computed for a share of the GPU's peak.
 """
 
 import dataclasses
-from functools import cache
-
-import torch
 
 import config
 from config import Config, parse_size
@@ -18,24 +15,13 @@ from run import memory
 from run.paper import PRESETS
 from studies.output import markdown
 
-NETWORK = ("dataset", "res", "space", "method", "size", "num_scales", "experts", "mask", "condition_tokens",
-           "block", "concat_coarse", "recompute")                  # the settings that decide the network
 
-
-@cache
-def counted(cfg: Config) -> tuple[torch.nn.Module, list[int]]:
-    """The network, and by stage the FLOPs of a forward pass of one image. All blocks cost the same: torch counts
-    networks of one and of two."""
-    facts, (width, depth, heads, patch) = memory.paper_facts(cfg), parse_size(cfg.size)
+def flops_by_stage(cfg: Config) -> list[int]:
+    """Of a forward pass of one image. All blocks cost the same: torch counts networks of one and of two."""
+    width, depth, heads, patch = parse_size(cfg.size)
     counts = [memory.forward_flops(memory.meta_model(dataclasses.replace(
-        cfg, size=f"{width},{blocks},{heads},{patch}"), facts)) for blocks in (1, 2)]
-    flops = [first + (depth - 1) * (second - first) for first, second in zip(*counts, strict=True)]
-    return memory.meta_model(cfg, facts), flops
-
-
-def key(cfg: Config) -> Config:
-    """One configuration for all that have the same network: it is counted once."""
-    return Config(**{name: getattr(cfg, name) for name in NETWORK}, vae=cfg.vae and "any")
+        cfg, size=f"{width},{blocks},{heads},{patch}"), memory.paper_facts(cfg))) for blocks in (1, 2)]
+    return [first + (depth - 1) * (second - first) for first, second in zip(*counts, strict=True)]
 
 
 def presets() -> str:
@@ -49,8 +35,8 @@ def presets() -> str:
         cfg, paper = Config(**preset.settings), preset.paper
         if not paper:
             continue
-        model, flops = counted(key(cfg))
-        mean, vae = memory.mean_of_stages(cfg, flops), memory.VAE_PARAMETERS if cfg.space == "latent" else 0
+        model, mean = memory.meta_model(cfg, memory.paper_facts(cfg)), memory.mean_of_stages(cfg, flops_by_stage(cfg))
+        vae = memory.VAE_PARAMETERS if cfg.space == "latent" else 0
         days = 3 * mean * cfg.batch * cfg.steps / (8 * memory.PEAK["H200"] * memory.ASSUMED_MFU) / 86400
         texts = {"parameters": f"{(memory.parameters(model) + vae) / 1e6:.0f}", "days": f"{days:.2g}",
                  "memory": f"{memory.memory_bytes(model, cfg, cfg.batch // 8, world=8) / 1e9:.0f}"}

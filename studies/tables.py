@@ -45,22 +45,6 @@ def digits() -> str:
             f"{origin(rows + lfm, 'hardware', 'versions')}; `{rows[0]['command']}`.")
 
 
-def causal() -> str:
-    """Previews, refinement and upsampling, measured on the default run."""
-    preview, refine, vary, upsample = ({row["what"]: row for row in lines("causal")}[what] for what in (
-        "preview", "refine", "vary", "upsample"))
-    rows = [["a preview, against a whole image (thirty at a time)", f"{preview['speed_up']:.1f} times faster"],
-            ["coarse bands of finished images, against their previews",
-             f"at most {refine['largest_difference']:.0e} apart"],
-            ["standard deviation between eight variations", f"{vary['std']:.2f}"],
-            ["and between their averages over coarse pixels", f"{vary['std_coarse']:.0e}"],
-            ["an upsampled digit averaged down, against the input (what clipping to 0..255 changes)",
-             f"{upsample['rms_of_input']:.1f} of 255 (root mean square); bicubic "
-             f"{upsample['rms_of_input_bicubic']:.1f}"]]
-    return (f"{markdown(['on the digits', 'measured'], rows)}\n\nheun, {preview['steps']} steps; "
-            f"{origin([preview], 'hardware', 'versions')}.")
-
-
 def of_one_length(name: str, wanted: dict) -> tuple[dict, dict]:
     """Runs and times by name, as compare.gathered; of the training FLOPs that most runs have, the most among equals."""
     rows = [row for row in lines(name) if row["settings"] in json.loads(json.dumps(list(wanted.values())))]
@@ -97,8 +81,7 @@ def systems(name: str) -> str:
     runs, times = of_one_length(name, compare.systems("digits" if name == "compare" else "fashion"))
     if not any(runs.values()):
         return "not measured yet"
-    note = " DFM trains its two stages equally often; its paper's 0.9 and 0.1 are far worse here."
-    return compare.table(runs, {}, times) + (note if runs["DFM"] else "")
+    return compare.table(runs, {}, times)
 
 
 def ablations() -> str:
@@ -166,7 +149,7 @@ def gpu() -> str:
     return markdown(head, table) + (f"\n\n{origin(rows, 'hardware', 'versions')}; `{commands}`." if rows else "")
 
 
-TABLES = {"garments": garments, "digits": digits, "presets": plan.presets, "speed": speed, "causal": causal,
+TABLES = {"garments": garments, "digits": digits, "presets": plan.presets, "speed": speed,
           "systems": partial(systems, "compare"),
           "fashion": partial(systems, "fashion"), "ablations": ablations, "gpu": gpu,
           "quality": partial(systems, "quality")}

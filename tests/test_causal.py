@@ -20,7 +20,7 @@ from conftest import random_model, randomize, read_samples, tiny
 from data.conditions import Vectors
 from extras import causal
 from pyramid import decompose, reconstruct
-from run import checkpoint, gallery
+from run import gallery
 from run.load import Run, build_model, export
 from run.ranks import Ranks
 from schedule import Schedule
@@ -238,12 +238,12 @@ def test_the_four_commands(command, tmp_path, condition):
         assert previews["labels"].tolist() == [i % 10 for i in range(12)]
     else:
         assert previews["vectors"].shape == (12, 3)
-    text = command("refine", run, "--numbers", "3,11", *fixed, "--record", "results.jsonl")
+    text = command("refine", run, "--numbers", "3,11", *fixed)
     refined, key = drawn(tmp_path, "refined"), "labels" if condition == "labels" else "vectors"
     assert refined["images"].shape == (2, 8, 8, 1) and "image 3, image 11: 12 calls" in text
     assert np.array_equal(refined[key], previews[key][[3, 11]])
-    (line,) = checkpoint.read_lines([tmp_path / "results.jsonl"])
-    assert line["what"] == "refine" and line["numbers"] == [3, 11] and line["largest_difference"] < 1e-5
+    report = json.loads((tmp_path / "drawn" / "refine.json").read_text())
+    assert report["what"] == "refine" and report["numbers"] == [3, 11] and report["largest_difference"] < 1e-5
     text = command("vary", run, "--number", "11", "-n", "4", *fixed)
     assert "4 of image 11" in text and drawn(tmp_path, "variations")["images"].shape == (4, 8, 8, 1)
     assert np.array_equal(drawn(tmp_path, "variations")[key], previews[key][[11] * 4])

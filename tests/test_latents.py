@@ -74,10 +74,9 @@ def test_the_cache_holds_the_posterior_of_every_image_and_of_its_mirror_image(tm
     header = encode(tmp_path / "cache", images, vae)
     assert header["complete"] and header["count"] == 20 and header["classes"] == ["9", "10"] and header["side"] == 16
     assert header["vae"]["scale"] == [0.18215] * 4 and header["vae"]["shift"] == [0.0] * 4     # from its own config
-    assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == ["header.json", "labels.npy", "moments.f16",
-                                                                      "names.txt"]
+    assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == ["header.json", "labels.npy", "moments.f16"]
     moments = np.fromfile(tmp_path / "cache" / "moments.f16", np.float16).reshape(20, 2, 8, 16, 16)
-    reference, names = AutoencoderKL.from_pretrained(vae), (tmp_path / "cache" / "names.txt").read_text().split()
+    reference, names = AutoencoderKL.from_pretrained(vae), sources.open_source("folder", str(images)).names
     assert names[0] == "9/0.png" and names[10] == "10/1.png"
     for i in (0, 13):
         x = torch.tensor(sources.read_image(images / names[i], 32)).float()[None] / 127.5 - 1
@@ -122,7 +121,7 @@ def test_killed_and_resumed_by_other_processes_it_has_the_same_bytes(tmp_path, i
     out = finished(start(tmp_path, "--dataset", "folder", "--res", 32, "--data", images, "--vae", vae, "--batch", 4,
                          "--out", "killed", "--device", "cpu", program="data.latents"))
     assert "of 5 chunks were there" in out and "20 images of 32 pixels, 2 classes, 0 left out" in out
-    for name in ("moments.f16", "labels.npy", "names.txt"):
+    for name in ("moments.f16", "labels.npy"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     whole, killed = (json.loads((tmp_path / n / "header.json").read_text()) for n in ("whole", "killed"))
     assert whole == killed
