@@ -278,13 +278,12 @@ def read_image(file: Path | io.BytesIO, resolution: int, name: str = "") -> np.n
     """One image as uint8 (3, R, R): upright, RGB, cropped. Raises UserError naming it when it cannot be read."""
     name = name or str(file)
     with explain(f"cannot read the image {name!r}", "; repair or remove it"):
-        return crop(read_photo(file, name), resolution)
+        return crop(read_photo(file), resolution)
 
 
-def read_photo(file: Path | io.BytesIO, name: str = "") -> Image.Image:
-    """A whole image, upright and RGB; transparent pixels are white. Raises UserError when it cannot be read."""
-    with (explain(f"cannot read the image {name or str(file)!r}", "; repair or remove it"),
-          Image.open(file, formats=FORMATS) as opened):
+def read_photo(file: Path | io.BytesIO) -> Image.Image:
+    """A whole image, upright and RGB; transparent pixels are white. Raises what PIL raises."""
+    with Image.open(file, formats=FORMATS) as opened:
         image = ImageOps.exif_transpose(opened)
         if image.mode == "F":
             raise ValueError("float images are not supported, because their white level is unknown")

@@ -175,7 +175,7 @@ def test_the_attention_of_appendix_c_by_torch_s_counter(num_scales, mask, expect
 def test_what_a_dry_run_prints():
     text = memory.describe(paper.resolve({"preset": "celebahq-1024"}))
     for words in ("preset     celebahq-1024\n", "256, 1280, 5376 by stage", "2,000.0 epochs of 30,000",
-                  "1451.4 M with the VAE", "144.1 GB on each of 8", "4 x 128 x 128, 3 bands, 0 classes"):
+                  "1451.4 M with the VAE", "118.9 GB on each of 8", "4 x 128 x 128, 3 bands, 0 classes"):
         assert words in text
     text = memory.describe(paper.resolve({"preset": "imagenet-256-B"}))
     assert "1,398.7 epochs of 1,281,167" in text and "1000 classes" in text
