@@ -108,6 +108,14 @@ def test_what_the_text_says_of_digits_is_what_the_table_says():
     assert f"digits have {sum(novelty) / len(novelty):.2f}" in README
 
 
+def test_what_the_text_says_of_garments_is_in_the_results():
+    rows = [json.loads(line) for line in open(ROOT / "results" / "fashion.jsonl")]
+    (row,) = [row for row in rows if not row["settings"] and (row["config"]["steps"], row["config"]["seed"]) == (3500, 0)]
+    text = (f"{row['training_flops']:.1e} training FLOPs: FD {row['frechet']:.2f} in the classifier's features, "
+            f"agreement {row['label_agreement']:.3f}, EfficientNet's FD {row['frechet_efficientnet']:.0f}.")
+    assert text.replace("e+", "e") in PAGES["docs/results.md"].replace("\n", " ")
+
+
 def test_every_score_is_explained():
     names = {name for row in PAGES["docs/scores.md"].splitlines() if row.startswith("| `")
              for name in re.findall(r"`(\w+)`", row.split("|")[1])}
