@@ -10,7 +10,6 @@ the steps are fixed, and to its tolerance with dopri5, which sees the fine bands
 """
 
 import argparse
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -119,14 +118,14 @@ def upsample_picture(run: Run, small: np.ndarray, count: int, y: Tensor | None, 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the commands: each returns a report, images uint8 (B, H, W, C), the arguments of pictures.draw_images, and a text
+# the commands: each returns images uint8 (B, H, W, C), the arguments of pictures.draw_images, and a text
 
 
 def show_previews(run: Run, args: argparse.Namespace, y: Tensor | None, settings: dict) -> tuple:
     images, nfe = thumbnails(run, args.num, y, args.seed, args.batch, bands=args.bands, **settings)
     starts = range(0, min(args.num, 100), 10)
     picture = [list(images[i : i + 10]) for i in starts], [[str(i + k) for k in range(10)] for i in starts]
-    return {"num": args.num, "nfe": nfe}, images, picture, (
+    return images, picture, (
         f"previews   {args.num} thumbnails of {images.shape[1]} x {images.shape[2]}, {nfe} calls of the network")
 
 
@@ -136,7 +135,7 @@ def show_refined(run: Run, args: argparse.Namespace, y: Tensor | None, settings:
     gap = (run.schedule.image(bands[: args.bands]) - again).abs().max().item()
     images, titles = run.decode(run.schedule.image(bands)), [f"image {i}" for i in args.numbers]
     picture = [list(run.decode(again)), list(images)], [], titles, ["preview", "finished"]
-    return {"numbers": args.numbers, "nfe": nfe, "largest_difference": gap}, images, picture, (
+    return images, picture, (
         f"refined    {', '.join(titles)}: {nfe} calls; their coarse bands differ from the previews by {gap:.1e}")
 
 
@@ -148,7 +147,7 @@ def show_variations(run: Run, args: argparse.Namespace, y: Tensor | None, settin
     std, std_coarse = (x.std(dim=0, correction=0).mean().item() for x in (x1, small))
     images, original = run.decode(x1), run.decode(run.schedule.image(bands))
     picture = [[*original, *images[:9]]], [], [f"image {number}", *map(str, range(args.num))][:10]
-    return {"number": number, "num": args.num, "nfe": nfe, "std": std, "std_coarse": std_coarse}, images, picture, (
+    return images, picture, (
         f"variations {args.num} of image {number}, {nfe} calls: standard deviation between them {std:.3f}, of their "
         f"averages over coarse pixels {std_coarse:.3f}")
 
@@ -156,8 +155,7 @@ def show_variations(run: Run, args: argparse.Namespace, y: Tensor | None, settin
 def show_upsampled(run: Run, args: argparse.Namespace, y: Tensor | None, settings: dict) -> tuple:
     small = sources.read_image(Path(args.image), run.cfg.res >> (run.cfg.num_scales - args.bands), args.image)
     images, report = upsample_picture(run, small, args.num, y, args.seed, **settings)
-    report = {"image": args.image, "num": args.num, **report}
-    return report, images[2:], ([list(images[:10])], [], ["input", "bicubic", *map(str, range(args.num))][:10]), (
+    return images[2:], ([list(images[:10])], [], ["input", "bicubic", *map(str, range(args.num))][:10]), (
         f"upsampled  {args.image}: {small.shape[-1]} -> {run.cfg.res} pixels, {args.num} images, {report['nfe']} "
         "calls\n"
         f"fidelity   averaged down again, off by {report['rms_of_input']:.2f} of 255 (root mean square); bicubic "
@@ -211,16 +209,13 @@ def draw(args: argparse.Namespace) -> None:
     y = choose(run.condition, max(args.numbers) + 1, args.labels, args.vectors)
     y = None if y is None else y[args.numbers * args.num if args.command == "vary" else args.numbers]
     out = Path(args.out or (run.folder / "samples" if not args.run or Path(args.run).exists() else "samples"))
-    log.check_record(out / f"{args.command}.json")          # makes the directory
     show, name, _ = COMMANDS[args.command]
+    log.check_record(out / f"{name}.png")                   # makes the directory
     with torch.no_grad():
-        report, images, picture, text = show(run, args, y, settings)
+        images, picture, text = show(run, args, y, settings)
     np.savez_compressed(out / f"{name}.npz", images=images, **gallery.arrays_of(y, len(images)))
     pictures.draw_images(out / f"{name}.png", *picture)
     print(f"{text}\nwrote      {out}/{name}.png, {name}.npz")
-    report = {"what": args.command, **report, "seed": args.seed, "bands": args.bands, **settings,
-              "run": str(run.folder), "step": run.step, "weights": run.weights}
-    (out / f"{args.command}.json").write_text(json.dumps(report, indent=2))
 
 
 def main() -> None:
