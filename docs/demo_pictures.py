@@ -1,7 +1,7 @@
 """docs/demo.png: the page of extras/demo.py as a visitor sees it, in a browser without a window.
 
     pip install -e '.[demo,browser]'
-    python -m docs.demo_pictures out/digits [--width 400] [--out FILE]
+    python -m docs.demo_pictures docs/models/fashion [--width 400] [--out FILE]
 """
 
 import shutil
