@@ -548,8 +548,8 @@ def test_latents(tmp_path, monkeypatch):
         moments.tofile(folder / "moments.f16")
         np.save(folder / "labels.npy", np.arange(6) % 2)
         (folder / "header.json").write_text(json.dumps({
-            "complete": True, "dataset": "folder", "res": 64, "side": 8, "channels": 4, "classes": ["a", "b"],
-            "fingerprint": "", "count": 6,
+            "complete": True, "dataset": "folder", "split": "train", "res": 64, "side": 8, "channels": 4,
+            "classes": ["a", "b"], "fingerprint": "", "count": 6,
             "vae": {"name": "me/vae", "sha256": "", "shift": [0.5] * 4, "scale": [3.0] * 4, "factor": 8}}))
         settings = dict(dataset="folder", space="latent", latents=str(folder), res=64)
         run = watch_data(tmp_path, f"run-{value}", vae="me/vae", flip=False, **settings)
