@@ -19,6 +19,7 @@ import signal
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cache
 from pathlib import Path
@@ -34,7 +35,7 @@ from run import checkpoint, load, log, memory, paper, pictures
 from run.ranks import best_device
 from scores.classifier import load_classifier
 from scores.features import load_extractor
-from studies.output import markdown, origin, plot, spread
+from studies.output import markdown, origin, plot, seeds, spread
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -177,11 +178,26 @@ def judged(cfg: Config, device: str | None, scores: dict) -> dict:
     dataset = batches.load(cfg)
     scores = {**report, **fid.evaluate(dataset, images, y, run.decode)}
     if importlib.util.find_spec("efficientnet_lite_pytorch"):
-        judged = fid.evaluate(dataset, images, y, run.decode, load_extractor("efficientnet"))
+        judged = fid.evaluate(dataset, images, y, run.decode, remembering("efficientnet"))
         for side, values in ((scores, judged), (scores["real"], judged["real"])):
             side |= {f"{name}_efficientnet": values[name] for name in ("frechet", "kid", "precision", "recall")}
     judged = fid.evaluate(dataset, images, y, run.decode, load_classifier(dataset, run.decode, run.device))
     return scores | judged | {"real": scores["real"] | judged["real"]}
+
+
+@cache
+def remembering(name: str) -> Callable:
+    """An extractor that computes the features of the same images once: the real ones are those of every run."""
+    extractor, seen = load_extractor(name), {}
+
+    def features(images):
+        key = hash(images.tobytes())
+        if key not in seen:
+            seen[key] = extractor(images)
+        return seen[key]
+
+    features.name, features.identity = extractor.name, extractor.identity
+    return features
 
 
 def measure_times(planned: list[tuple[str, Config]], args: argparse.Namespace, rounds: int = 3,
@@ -240,12 +256,12 @@ def table(runs_of: dict, paper_fid: dict, times: dict) -> str:
     if real := lines[0].get("real"):
         cells = [f"{real[key]:.{places}f}" if key in real else "" for key, (_, places) in columns.items()]
         rows.append(["*real images*", *cells, *[""] * (4 + with_paper)])
-    seeds, flops = len({line["config"]["seed"] for line in lines}), [line["training_flops"] for line in lines]
+    flops = [line["training_flops"] for line in lines]
     step = max(line["training_flops"] / line["config"]["steps"] for line in lines)
     if max(flops) - min(flops) > max(step, 0.01 * max(flops)) or len({line["config"]["dataset"] for line in lines}) > 1:
         raise UserError("these runs cannot share a table: their data or training FLOPs differ")
-    return (f"{markdown(head, rows)}\n\n{flops[0]:.2e} training FLOPs each; {seeds} seeds, mean ± standard deviation; "
-            f"{lines[0]['n']} images, {lines[0]['solver']} {lines[0].get('rtol', '')}; "
+    return (f"{markdown(head, rows)}\n\n{flops[0]:.2e} training FLOPs each; {seeds(runs_of.values())}, mean ± standard "
+            f"deviation; {lines[0]['n']} images, {lines[0]['solver']} {lines[0].get('rtol', '')}; "
             f"{origin(lines, 'hardware', 'versions')}.")
 
 

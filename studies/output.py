@@ -1,6 +1,7 @@
 """How studies show their results: a Markdown table, a mean with its spread, a plot of curves."""
 
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 
 from run import pictures
@@ -15,6 +16,12 @@ def spread(values: list[float], places: int) -> str:
     """Mean and, over several seeds, the standard deviation."""
     text = f"{statistics.mean(values):.{places}f}"
     return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.{places}f}"
+
+
+def seeds(groups: Iterable[list[dict]]) -> str:
+    """How many training seeds the rows of a table have."""
+    counts = sorted({len(rows) for rows in groups if rows})
+    return f"{' to '.join(map(str, sorted({counts[0], counts[-1]})))} training seed{'s' if counts[-1] > 1 else ''}"
 
 
 def plot(path: Path, curves: list[tuple], size: tuple = (8, 5), plain: bool = True, **axes) -> None:

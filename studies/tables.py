@@ -16,7 +16,7 @@ from config import UserError
 from run import checkpoint
 from run.paper import PRESETS
 from studies import compare, plan
-from studies.output import markdown, origin, spread
+from studies.output import markdown, origin, seeds, spread
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "docs/results.md", "docs/paper.md", "docs/scores.md")
@@ -71,9 +71,8 @@ def garments() -> str:
     table.append(["GFLOPs to draw an image", *(spread([row["sampling_flops"] / 1e9 for row in runs[name]], 1)
                                                for name in names), ""])
     head = [f"{first['n']:,} images of 32 x 32", *names, "real images"]
-    seeds = len({row["config"]["seed"] for row in every})
-    return (f"{markdown(head, table)}\n\n{first['training_flops']:.1e} training FLOPs each; {seeds} seeds, mean ± "
-            f"standard deviation; {origin(every, 'hardware', 'versions')}.")
+    return (f"{markdown(head, table)}\n\n{first['training_flops']:.1e} training FLOPs each; {seeds(runs.values())}, "
+            f"mean ± standard deviation; {origin(every, 'hardware', 'versions')}.")
 
 
 def systems(name: str) -> str:

@@ -89,7 +89,8 @@ def test_tables_have_mean_and_spread_over_seeds():
     both = {"A": [line(0, 0.1), line(1, 0.3)], "B": [line(0, 0.2), line(1, 0.2)], "C": []}
     text = compare.table(both, {"A": 3.53, "B": None}, {"A": 0.0123})
     assert "| A | 0.200 ± 0.141 |" in text and "| B | 0.200 ± 0.000 |" in text and "| 3.53 |" in text
-    assert "| 0.0123 |" in text and "| *real images* | 0.070 |" in text and "2 seeds" in text and "| C" not in text
+    assert "| 0.0123 |" in text and "| *real images* | 0.070 |" in text and "| C" not in text
+    assert "; 2 training seeds, mean" in text
     assert "paper" not in compare.table({"A": [line(0, 0.1)]}, {"A": None}, {})
     judged = compare.table({"A": [line(0, 0.1, frechet=0.8)]}, {}, {})
     assert "| FD | FD, classifier |" in judged and "| A | 0.100 | 0.80 |" in judged
@@ -185,13 +186,31 @@ def test_the_table_of_garments_has_each_system_below_its_name_and_one_length(mon
     monkeypatch.setattr(tables, "lines", lambda name: rows)
     text = tables.garments()
     assert text.splitlines()[0] == "| 2,000 images of 32 x 32 | LapFlow | LFM | Pyramidal Flow | real images |"
-    assert "that classifier | 1.50 ± 0.71 | 2.00 | 3.00 | 4.00 |" in text and "2 seeds" in text and "2.0e+13" in text
+    assert "that classifier | 1.50 ± 0.71 | 2.00 | 3.00 | 4.00 |" in text
+    assert "2.0e+13" in text and "1 to 2 training seeds" in text
     assert "EfficientNet (ImageNet) | 1 ± 0 | 2 | 3 | 4 |" in text and "| 5.0 ± 0.0 | 5.0 | 5.0 |  |" in text
     rows.append({**long, "config": {**long["config"], "seed": 1}})
     rows += [{**rows[3], "training_flops": 4e13}, {**rows[4], "training_flops": 4e13}]      # as many: now the longer
     assert "that classifier | 9.00 ± 0.00 | 2.00 | 3.00 | 4.00 |" in tables.garments()
     rows[:] = rows[:2]
     assert tables.garments() == "not measured yet"
+
+
+def test_features_of_the_same_images_are_computed_once(monkeypatch):
+    calls = []
+
+    def extractor(images):
+        calls.append(len(images))
+        return images.mean(axis=(1, 2, 3)), None
+
+    extractor.name, extractor.identity = "efficientnet", "toy"
+    monkeypatch.setattr(compare, "load_extractor", lambda name: extractor)
+    compare.remembering.cache_clear()
+    features, images = compare.remembering("efficientnet"), np.arange(2 * 48, dtype=np.uint8).reshape(2, 4, 4, 3)
+    first, again, other = features(images)[0], features(images.copy())[0], features(images + 1)[0]
+    assert calls == [2, 2] and (first == again).all() and (other == first + 1).all()
+    assert (features.name, features.identity) == ("efficientnet", "toy")
+    compare.remembering.cache_clear()
 
 
 def test_the_table_of_ablations_has_each_score_below_its_name(monkeypatch):
