@@ -124,6 +124,11 @@ def damage(path: Path, how: str) -> None:
 FAULTS = []                                                 # (what, injected, survived, what was lost)
 
 
+def pytest_collection_modifyitems(items):
+    """Slow tests first: with two workers the longest is not what the other waits for."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 def pytest_terminal_summary(terminalreporter):
     """The table of tests/slow/test_faults.py: what was broken on purpose, and what it cost."""
     if FAULTS:

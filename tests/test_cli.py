@@ -4,6 +4,7 @@ import gzip
 import json
 import re
 import shlex
+import shutil
 from itertools import product
 
 import numpy as np
@@ -166,7 +167,8 @@ def make_inputs(folder) -> None:
         Image.fromarray(noise).save(folder / name / "ab"[i % 2] / f"{i}.png")
     np.save(folder / "my-images" / "vectors.npy", np.arange(8.0).reshape(4, 2))
     np.save(folder / "prompts.npy", np.arange(6.0).reshape(3, 2))
-    Image.fromarray(np.full((4, 4), 128, np.uint8)).save(folder / "small.png")
+    Image.fromarray(np.full((8, 8), 128, np.uint8)).save(folder / "small.png")
+    shutil.copytree(ROOT / "docs" / "models", folder / "docs" / "models")
     (folder / "clothes").mkdir()
     for name, sizes in (("images-idx3", (40, 28, 28)), ("labels-idx1", (40,))):
         header = bytes([0, 0, 8, len(sizes)]) + b"".join(size.to_bytes(4, "big") for size in sizes)

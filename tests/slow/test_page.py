@@ -110,7 +110,7 @@ $$
 
 | $K$ | 0.1 ± 0.2 |
 |---|---|
-| $1$ | [model.py](model.py) [line](model.py#L2) [line](model.py#L31) [all](baselines/) [log](LOG.md) [here](#a-b-c) |
+| $1$ | [model.py](model.py) [line](model.py#L2) [line](model.py#L32) [all](baselines/) [log](LOG.md) [here](#a-b-c) |
 
 <p align="center"><picture><source media="(prefers-color-scheme: dark)" srcset="docs/study.png">
 <img src="docs/study.png" alt="x" width="400"></picture></p>
@@ -123,7 +123,7 @@ $$
     assert sum(tag == "math" for tag, _ in read.tags) == 10 and "𝒩" in html and "ℒ" in html and "𝜽" in html
     assert "badge.svg" not in html and "a badge" in read.words and "$5" in read.words
     links = [attributes["href"] for tag, attributes in read.tags if tag == "a" and "href" in attributes]
-    assert {"#model.py", "#model.py-31", "#baselines/__init__.py", "../LOG.md", "#a-b-c"} <= set(links)
+    assert {"#model.py", "#model.py-32", "#baselines/__init__.py", "../LOG.md", "#a-b-c"} <= set(links)
 
 
 def test_a_formula_that_cannot_be_shown_is_named():
