@@ -68,8 +68,6 @@ def garments() -> str:
              "precision": ("precision (k = 3)", 3), "recall": ("recall (k = 3)", 3)}
     table = [[text, *(spread([row[key] for row in runs[name]], places) for name in names),
               f"{first['real'][key]:.{places}f}"] for key, (text, places) in texts.items()]
-    table.append(["GFLOPs to draw an image", *(spread([row["sampling_flops"] / 1e9 for row in runs[name]], 1)
-                                               for name in names), ""])
     head = [f"{first['n']:,} images of 32 x 32", *names, "real images"]
     return (f"{markdown(head, table)}\n\n{first['training_flops']:.1e} training FLOPs each; {seeds(runs.values())}, "
             f"mean ± standard deviation; {origin(every, 'hardware', 'versions')}.")

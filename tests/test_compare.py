@@ -188,7 +188,7 @@ def test_the_table_of_garments_has_each_system_below_its_name_and_one_length(mon
     assert text.splitlines()[0] == "| 2,000 images of 32 x 32 | LapFlow | LFM | Pyramidal Flow | real images |"
     assert "that classifier | 1.50 ± 0.71 | 2.00 | 3.00 | 4.00 |" in text
     assert "2.0e+13" in text and "1 to 2 training seeds" in text
-    assert "EfficientNet (ImageNet) | 1 ± 0 | 2 | 3 | 4 |" in text and "| 5.0 ± 0.0 | 5.0 | 5.0 |  |" in text
+    assert "EfficientNet (ImageNet) | 1 ± 0 | 2 | 3 | 4 |" in text
     rows.append({**long, "config": {**long["config"], "seed": 1}})
     rows += [{**rows[3], "training_flops": 4e13}, {**rows[4], "training_flops": 4e13}]      # as many: now the longer
     assert "that classifier | 9.00 ± 0.00 | 2.00 | 3.00 | 4.00 |" in tables.garments()
