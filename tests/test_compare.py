@@ -31,6 +31,7 @@ def few_clothes(monkeypatch):
         random.integers(0, 256, (300, 1, 32, 32), np.uint8), np.arange(300) % 10, "few"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [dict(), dict(dataset="fashion"), *(
     dict(ablation=name, steps=500) for name in compare.ABLATIONS)], ids=str)
 def test_equal_flops_and_commands_that_make_the_same_run(given, tmp_path):

@@ -219,6 +219,7 @@ def quick(monkeypatch):
     monkeypatch.setitem(classifier.SETTINGS, "epochs", 1)
 
 
+@pytest.mark.slow
 def test_the_classifier_is_trained_once_for_each_data_set(tmp_path, monkeypatch, quick):
     dataset = digits()
     judge = classifier.load_classifier(dataset, to_images, folder=tmp_path)
@@ -372,6 +373,7 @@ def test_a_run_against_a_reference(folders, run, call, give_up):
         assert words in give_up(*shlex.split(command))
 
 
+@pytest.mark.slow
 def test_a_run_against_its_own_data_in_several_features(folders, run, call, quick, give_up):
     out = call("fid.py run --num 40")
     assert "40 generated images against 1797 of the training set" in out

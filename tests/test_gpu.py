@@ -347,6 +347,7 @@ def test_a_trained_network_is_put_on_the_device():
 # studies.bench gpu, the command for the day when there is a GPU
 
 
+@pytest.mark.slow
 @needs_fork
 def test_a_section_that_fails_or_hangs_loses_nothing_else(tmp_path, monkeypatch, capfd):
     def good(job):

@@ -126,6 +126,7 @@ def printed():
     return [[cell.strip() for cell in line[2:-1].split(" | ")] for line in lines if line.startswith("| ")][1:]
 
 
+@pytest.mark.slow
 def test_every_number_of_the_rows_of_the_paper(printed):
     names = [row[0].strip("`") for row in printed]
     assert sorted(names) == sorted([*PAPER, *FID])
@@ -258,6 +259,7 @@ def test_settings_that_do_not_change_training_are_free():
 # memory and peaks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", ["dit", "modern"])
 @pytest.mark.parametrize("precision, recompute, compiled", [
     ("float32", False, False), ("bfloat16", False, False), ("bfloat16", True, False),
