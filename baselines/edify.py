@@ -70,7 +70,8 @@ def schedule(cfg: Config) -> Edify:
 
 def loss(model: Callable, x1: Tensor, y: Tensor | None, schedule: Edify, rng) -> tuple[Tensor, list]:
     """Mean squared error of d X / dt; each example at one scale, at a time in its window."""
-    u, noise, bands = schedule.draw_times(rng), schedule.draw_noise(rng, x1.shape[1:]), schedule.split(x1)    # u (B,)
+    u, bands = schedule.draw_times(rng), schedule.split(x1)                         # (B,), K bands
+    noise = schedule.draw_noise(rng, x1.shape[1:])
 
     def state(i, rows, u):
         start, end = schedule.segments[i]

@@ -29,7 +29,7 @@ def schedule(cfg: Config) -> Schedule:
 
 def loss(model: Callable, x1: Tensor, y: Tensor | None, schedule: Schedule, rng) -> tuple[Tensor, list]:
     """Plain flow matching of images x1 (B, C, H, W)."""
-    n, t = rng.randn(*x1.shape[1:]), schedule.draw_times(rng)                                     # (B, C, H, W), (B,)
+    n, t = rng.randn(*x1.shape[1:]), schedule.draw_times(rng)                        # (B, C, H, W), (B,)
     at = t.view(-1, 1, 1, 1)
     (v,) = model([at * x1 + (1 - at) * n], t, y)
     error = (v.float() - (x1 - n)).square().mean(dim=(1, 2, 3))                     # (B,)

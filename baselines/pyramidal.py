@@ -93,7 +93,7 @@ def schedule(cfg: Config) -> Pyramidal:
 
 def loss(model: Callable, x1: Tensor, y: Tensor | None, schedule: Pyramidal, rng) -> tuple[Tensor, list]:
     """Mean squared error of X_e - X_s, each example in one stage (the paper mixes them in a batch: stratified)."""
-    num_scales, u, shape = schedule.num_scales, schedule.draw_times(rng), x1.shape[1:]            # u (B,)
+    num_scales, u, shape = schedule.num_scales, schedule.draw_times(rng), x1.shape[1:]          # u (B,)
     images = levels(x1, num_scales)                                                 # x^i
     if schedule.form == "pixelflow":
         noise = schedule.draw_noise(rng, shape)

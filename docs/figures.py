@@ -175,9 +175,12 @@ def main() -> None:
         try:
             if name == "systems":
                 draw_systems(path, Path(args.compare))
+            elif name in PLAIN:
+                PLAIN[name](path)
+            elif name in OF_DIGITS:
+                OF_DIGITS[name](path, digits())
             else:
-                draw = {**OF_DIGITS, **OF_GARMENTS, **PLAIN}[name]
-                draw(path, *([digits()] if name in OF_DIGITS else [garments()] if name in OF_GARMENTS else []))
+                OF_GARMENTS[name](path, garments())
         except UserError as problem:
             if name != "systems" or args.only:
                 raise

@@ -98,9 +98,10 @@ def generation(path: Path, run: Run, count: int = 10, steps: int = 48) -> None:
     """An animation: t runs from 0 to 1, the coarse band forms, finer ones join it at T_i, and the sum of all."""
     states = pictures.watch(run, sample.Guided(run.model), sample.solve, choose(run.condition, count),
                             numbers=range(count), steps=steps)
-    starts, left, cell = run.cfg.starts, 84, run.cfg.res * max(1, 64 // run.cfg.res) + 6
+    starts, left = run.cfg.starts, 84
     bars, rows, width = 13 * len(starts), len(starts) + 1, WIDTH - 84 - 34
-    tall = (width + 6) * cell * rows / (cell * count)
+    first, colours = mosaic(states[0][1], run.cfg.res, len(starts)), palette(len(starts))
+    tall = (width + 6) * first.shape[0] / first.shape[1]
     figure, axis = sheet(76 + bars + tall)
     for row in range(rows):
         color = band_colour(row, len(starts)) if row < len(starts) else INK
@@ -117,13 +118,13 @@ def generation(path: Path, run: Run, count: int = 10, steps: int = 48) -> None:
     clock = axis.text(left, 18, "", fontsize=TEXT, ha="center", va="center", weight="bold")
     bands_axis = plot(figure, left - 3, 62 + bars, width + 6, tall)
     bands_axis.set_axis_off()
-    image = bands_axis.imshow(mosaic(states[0][1], run.cfg.res, len(starts)), interpolation="nearest", aspect="auto")
+    image = bands_axis.imshow(first, interpolation="nearest", aspect="auto")
     frames = []
     for t, bands in states:
         image.set_data(mosaic(bands, run.cfg.res, len(starts)))
         clock.set(text=f"t = {t:.2f}", x=left + t * width)
         for bar, begin in zip(grown, starts, strict=True):
             bar.set_width(max(0.0, t - begin) * width)
-        frames.append(picture(figure, 920).quantize(palette=palette(len(starts)), dither=Image.Dither.NONE))
+        frames.append(picture(figure, 920).quantize(palette=colours, dither=Image.Dither.NONE))
     pause = [800, *[110] * (len(frames) - 2), 3500]        # milliseconds
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=pause, loop=0, optimize=True, disposal=1)

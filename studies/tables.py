@@ -147,9 +147,8 @@ def gpu() -> str:
 
 
 TABLES = {"garments": garments, "digits": digits, "presets": plan.presets, "speed": speed,
-          "systems": partial(systems, "compare"),
-          "fashion": partial(systems, "fashion"), "ablations": ablations, "gpu": gpu,
-          "quality": partial(systems, "quality")}
+          "systems": partial(systems, "compare"), "fashion": partial(systems, "fashion"), "ablations": ablations,
+          "gpu": gpu, "quality": partial(systems, "quality")}
 
 
 def render(pages: dict[str, str]) -> dict[str, str]:
