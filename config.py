@@ -258,6 +258,18 @@ def add_config_flags(to: argparse.ArgumentParser) -> None:
             to.add_argument(flag, type=read, default=argparse.SUPPRESS, metavar=metavar, help=text)
 
 
+def flags(settings: dict) -> list[str]:
+    """The words of a command line that gives these settings."""
+    words = []
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)]
+    return words
+
+
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that sample.py and fid.py share; what is not given comes from the run.
 

@@ -10,6 +10,7 @@ import shlex
 import sys
 from pathlib import Path
 
+import config
 from config import UserError
 from data.conditions import Vectors
 from data.sources import explain
@@ -138,14 +139,11 @@ def command(cfg: load.Config) -> str:
         base = resolve(given)
         given |= {key: getattr(cfg, key) for key in cfg.to_dict() if key not in places
                   and getattr(base, key) != getattr(cfg, key)}
-    words = ["python", "train.py"] + ([] if given.pop("preset") == "digits" else ["--preset", name])
-    for key, value in given.items():
-        flag = key.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            words += [f"--{flag}", place(text, "DIR") if key == "vae" and text else text]
+    if given.get("vae"):
+        given["vae"] = place(given["vae"], "DIR")
+    if name == "digits":                                    # the defaults
+        del given["preset"]
+    words = ["python", "train.py", *config.flags(given)]
     words += ["--data", "DIR"] if cfg.dataset in ("folder", "celebahq", "imagenet") else []
     return shlex.join(words + (["--init", "RUN"] if cfg.init else []))
 

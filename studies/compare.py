@@ -115,16 +115,9 @@ def plan_runs(args: argparse.Namespace) -> list[tuple[str, Config]]:
 
 def command_of(cfg: Config, device: str | None) -> list[str]:
     """The train.py of a configuration: the flags in which it differs from the defaults of its data."""
-    standard, words = paper.resolve({"dataset": cfg.dataset}).to_dict(), ["--dataset", cfg.dataset]
-    for name, value in cfg.to_dict().items():
-        flag = name.replace("_", "-")
-        if value == standard[name]:
-            continue
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            words += [f"--{flag}", ",".join(map(str, value)) if isinstance(value, list) else str(value)]
-    return words + (["--device", device] if device else [])
+    standard = paper.resolve({"dataset": cfg.dataset}).to_dict()
+    changed = {name: value for name, value in cfg.to_dict().items() if value != standard[name]}
+    return ["--dataset", cfg.dataset, *config.flags(changed), *(["--device", device] if device else [])]
 
 
 def finished(lines: list[dict], cfg: Config, what: str) -> dict | None:
