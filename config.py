@@ -104,6 +104,7 @@ class Config:
     stages: str = option("stratified", "stratified (each stage a share of each batch) or batch (one, as the paper)")
     full_range: bool = option(True, "train stage s on [T_s, 1], as the paper; otherwise on [T_s, T_(s+1)]")
     times: str = option("uniform", "of training: uniform, as the paper, or logit-normal (DFM has its own)")
+    stage_weights: tuple[float, ...] = option((), "how often each stage is trained, like 2,2,1 (default: equally)")
     # training
     steps: int = option(1000, "optimizer steps", free=True)
     batch: int = option(128, "images per optimizer step, over all processes")
@@ -166,15 +167,22 @@ class Config:
             raise UserError("latents need the autoencoder they come from: add --vae, a folder or OWNER/NAME on the hub")
         if self.space == "latent" and self.dataset in ("digits", "fashion"):
             raise UserError(f"the dataset {self.dataset} is trained in pixels: leave out --space")
-        if self.stages == "stratified" and self.batch < self.num_scales:
-            raise UserError(f"stratified stages need a batch of at least {self.num_scales} images, one for each stage, "
-                            f"not {self.batch}")
+        weights = self.stage_weights or (1.0,) * self.num_scales
+        if len(weights) != self.num_scales or not 0 < min(weights) <= max(weights) < math.inf:
+            raise UserError(f"{self.num_scales} scales need {self.num_scales} stage weights, each above 0, not "
+                            f"{','.join(map(str, weights))}")
+        least = math.ceil(sum(weights) / min(weights))
+        if self.stages == "stratified" and self.batch < least:
+            raise UserError(f"stratified stages need a batch of at least {least} images, one for each stage, not "
+                            f"{self.batch}")
         if self.method != "lapflow":
             for name in LAPFLOW + (() if self.method == "separate" else ("pyramid", "mask", "path")):
                 if getattr(self, name) != getattr(Config, name):
                     raise UserError(f"{name} belongs to LapFlow: leave it out with --method {self.method}")
         if self.method == "lfm" and self.num_scales != 1:
             raise UserError(f"LFM has one scale, not {self.num_scales}: leave out --num-scales and --starts")
+        if self.method == "dfm" and self.stage_weights:
+            raise UserError("DFM has its own weights of stages: leave out --stage-weights")
         if self.method == "dfm" and self.stages == "stratified" and self.batch < 2 * (self.num_scales - 1):
             raise UserError("DFM trains its finer stages on half of each batch: stratified stages need a batch of at "
                             f"least {2 * (self.num_scales - 1)} images, not {self.batch}")
@@ -254,7 +262,7 @@ def add_config_flags(to: argparse.ArgumentParser) -> None:
             to.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
         else:
             read = numbers if kind is tuple else kind
-            metavar = "T,T.." if kind is tuple else {str: "TEXT", int: "N", float: "X"}[kind]
+            metavar = "X,X.." if kind is tuple else {str: "TEXT", int: "N", float: "X"}[kind]
             to.add_argument(flag, type=read, default=argparse.SUPPRESS, metavar=metavar, help=text)
 
 

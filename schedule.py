@@ -41,6 +41,7 @@ class Schedule:
              the same cost with less variance.  # not in paper
     full_range   stage s trains on [T_s, 1], as the paper; False: on its segment [T_s, T_(s+1)].  # not in paper
     times    of training within these: uniform, as the paper, or logit-normal (Esser et al. 2024).  # not in paper
+    stage_weights   how often each stage is trained, relative to the others; (): equally, as the paper.  # not in paper
 
     Raises UserError when the starts do not increase from 0 to below 1.
     """
@@ -52,6 +53,7 @@ class Schedule:
     stages: str = "batch"
     full_range: bool = True
     times: str = "uniform"
+    stage_weights: tuple[float, ...] = ()
 
     def __post_init__(self):
         starts = tuple(self.starts)
@@ -73,7 +75,8 @@ class Schedule:
     @property
     def shares(self) -> list[float]:
         """How often each stage is trained."""
-        return [1 / self.num_scales] * self.num_scales
+        weights = self.stage_weights or [1.0] * self.num_scales
+        return [weight / sum(weights) for weight in weights]
 
     def split(self, x: Tensor) -> list[Tensor]:
         return decompose(x, self.num_scales, self.pyramid)
@@ -118,9 +121,10 @@ class Schedule:
 
     def stage_of_rows(self, rng) -> np.ndarray:
         """The stage (B,) that each row of this process trains; rng is a `data.batches.BatchRandom`."""
-        if self.stages == "batch":
-            return np.full(rng.batch, rng.randint(self.num_scales))[rng.rows]
-        return (np.arange(rng.batch) % self.num_scales)[rng.rows]
+        if self.stages == "batch":                          # one draw for the whole batch
+            return np.full(rng.batch, rng.choice(self.shares))[rng.rows]
+        due = [((k + 0.5) / share, s) for s, share in enumerate(self.shares) for k in range(rng.batch)]
+        return np.array([s for _, s in sorted(due)[: rng.batch]])[rng.rows]         # each stage evenly spread
 
 
 def white_bands(rng, shape: tuple[int, int, int], num_scales: int) -> list[Tensor]:

@@ -139,8 +139,9 @@ def loop(job: Job, stop: StopSignals, deadline: float) -> None:
     if cfg.compile:
         load.compile_blocks(model)
     objective = Objective(model, system.loss, system.schedule(cfg), cfg.precision)
-    # one stage for a whole batch leaves the finer bands without gradients; so does a rare stage of DFM
-    objective = ranks.parallel(objective, cfg.stages == "batch" or cfg.method == "dfm", objective.bfloat16)
+    # one stage for a whole batch leaves the finer bands without gradients; so may a rare stage
+    rare = cfg.stages == "batch" or cfg.method == "dfm" or bool(cfg.stage_weights)
+    objective = ranks.parallel(objective, rare, objective.bfloat16)
     metrics = log.Log(cfg, ranks, job.step, job.facts, job.writer)
     stream = batches.micro_batches(job.dataset, cfg, job.step, job.parts, ranks.device, model.condition)
     ending = job.step >= cfg.steps

@@ -17,7 +17,6 @@ Left out, so that all systems share one trunk: rotary positions, EDM's pre-condi
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -60,12 +59,6 @@ class Decomposable(Schedule):
         """How often each stage is trained. # not in paper: with more than two, the finer ones divide the rest."""
         finer = self.num_scales - 1
         return [self.coarse_share, *[(1 - self.coarse_share) / finer] * finer] if finer else [1.0]
-
-    def stage_of_rows(self, rng) -> np.ndarray:
-        if self.stages == "batch":                          # one draw for the whole batch
-            return np.full(rng.batch, rng.choice(self.shares))[rng.rows]
-        place = (np.arange(rng.batch) + 0.5) * self.shares[-1] % 1                  # evenly over [0, 1)
-        return np.searchsorted(np.cumsum(self.shares[:-1]), place)[rng.rows]
 
     def split(self, x: Tensor) -> list[Tensor]:
         """Band i is D^(K-1-i) x less its coarser version upsampled."""

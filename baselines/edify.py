@@ -65,7 +65,8 @@ def network(cfg: Config, channels: int, condition: Callable | None, side: int) -
 
 
 def schedule(cfg: Config) -> Edify:
-    return Edify(cfg.starts, stages=cfg.stages, times=cfg.times, product=cfg.method == "edify")
+    return Edify(cfg.starts, stages=cfg.stages, times=cfg.times, stage_weights=cfg.stage_weights,
+                 product=cfg.method == "edify")
 
 
 def loss(model: Callable, x1: Tensor, y: Tensor | None, schedule: Edify, rng) -> tuple[Tensor, list]:

@@ -17,4 +17,5 @@ def network(cfg: Config, channels: int, condition: Callable | None, side: int) -
 
 
 def schedule(cfg: Config) -> Schedule:
-    return Schedule(cfg.starts, cfg.path, cfg.pyramid, cfg.noise, cfg.stages, cfg.full_range, cfg.times)
+    return Schedule(cfg.starts, cfg.path, cfg.pyramid, cfg.noise, cfg.stages, cfg.full_range, cfg.times,
+                    cfg.stage_weights)

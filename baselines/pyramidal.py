@@ -88,7 +88,7 @@ def network(cfg: Config, channels: int, condition: Callable | None, side: int) -
 
 
 def schedule(cfg: Config) -> Pyramidal:
-    return Pyramidal(cfg.starts, stages=cfg.stages, times=cfg.times, form=cfg.method)
+    return Pyramidal(cfg.starts, stages=cfg.stages, times=cfg.times, stage_weights=cfg.stage_weights, form=cfg.method)
 
 
 def loss(model: Callable, x1: Tensor, y: Tensor | None, schedule: Pyramidal, rng) -> tuple[Tensor, list]:

@@ -36,4 +36,5 @@ def network(cfg: Config, channels: int, condition: Callable | None, side: int) -
 
 
 def schedule(cfg: Config) -> Schedule:
-    return Schedule(cfg.starts, cfg.path, cfg.pyramid, stages=cfg.stages, full_range=False, times=cfg.times)
+    return Schedule(cfg.starts, cfg.path, cfg.pyramid, stages=cfg.stages, full_range=False, times=cfg.times,
+                    stage_weights=cfg.stage_weights)

@@ -50,10 +50,6 @@ class BatchRandom:
         """One index, drawn with these probabilities, the same for every row and every process."""
         return self.shared.choices(range(len(shares)), shares)[0]
 
-    def randint(self, high: int) -> int:
-        """One integer in [0, high), the same for every row and every process."""
-        return self.shared.randrange(high)
-
 
 def philox(seed: int, number: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed, number]))

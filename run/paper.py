@@ -133,6 +133,8 @@ def resolve(given: dict) -> Config:
         settings = {key: value for key, value in settings.items() if key in given or key not in LAPFLOW}
     if settings.get("method") == "lfm":
         settings["num_scales"] = given.get("num_scales", 1)
+    if settings.get("num_scales") != PRESETS[name].settings.get("num_scales") or settings.get("method") == "dfm":
+        settings["stage_weights"] = given.get("stage_weights", ())      # the preset's are for its own stages
     if settings.get("space") == "pixel":
         settings["vae"] = given.get("vae", "")
     elif settings.get("space") == "latent" and ("res" in given or not settings.get("vae")):

@@ -120,7 +120,7 @@ def training_pass(model: torch.nn.Module, cfg: Config, stage: int, batch: int, p
     def work():
         model.zero_grad(set_to_none=True)
         rng = BatchRandom(0, stage, batch, device=device)
-        rng.randint = lambda high: stage                    # what the schedule draws for a batch
+        rng.choice = lambda shares: stage                   # what the schedule draws for a batch
         value, _ = objective(x1, y, rng)
         value.backward()
         return value.detach()

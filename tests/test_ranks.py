@@ -69,7 +69,8 @@ DFM = dict(num_scales=3, size="32,2,2,4", method="dfm", batch=24)       # stages
     (dict(stages="stratified", **THREE), 2), (dict(stages="batch", **THREE), 2),
     (dict(stages="stratified", **DFM), 2), (dict(stages="batch", seed=2, **DFM), 2),
     (dict(stages="batch", shard=True, **THREE), 2),
-    pytest.param(dict(stages="stratified", recompute=True, **THREE), 2, marks=pytest.mark.slow),
+    pytest.param(dict(stages="stratified", stage_weights=(2, 2, 1), recompute=True, **THREE), 2,
+                 marks=pytest.mark.slow),
     pytest.param(dict(stages="stratified", method="separate", **THREE), 2, marks=pytest.mark.slow),
     pytest.param(dict(stages="batch", method="edify", **THREE), 2, marks=pytest.mark.slow),
     pytest.param(dict(stages="stratified", **(DFM | dict(batch=48))), 4, marks=pytest.mark.slow)])

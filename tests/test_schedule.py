@@ -199,6 +199,14 @@ def test_the_stage_of_a_row_is_its_number_in_the_global_batch_modulo_the_stages(
         drawn = Schedule(STARTS, stages="batch").stage_of_rows(BatchRandom(0, 7, 10, rows))     # one for all processes
         assert len(drawn) == rows.stop - rows.start and set(drawn.tolist()) == set(
             Schedule(STARTS, stages="batch").stage_of_rows(BatchRandom(0, 7, 10)).tolist())
+    uneven = Schedule(STARTS, stages="stratified", stage_weights=(4, 4, 2))
+    assert uneven.shares == [0.4, 0.4, 0.2]
+    assert uneven.stage_of_rows(BatchRandom(0, 7, 15)).tolist() == [0, 1, 2, 0, 1] * 3
+    drawn = [uneven.stage_of_rows(BatchRandom(0, step, 5)).tolist() for step in (0, 1)]
+    assert drawn == [[0, 1, 2, 0, 1]] * 2
+    rare = Schedule(STARTS, stages="batch", stage_weights=(6, 3, 1))
+    counts = np.bincount([rare.stage_of_rows(BatchRandom(0, step, 2))[0] for step in range(1000)])
+    assert np.allclose(counts / 1000, rare.shares, atol=0.05)
     assert [(s, rows.tolist()) for s, rows in stage_rows(np.array([2, 0, 2]), "cpu")] == [(0, [1]), (2, [0, 2])]
 
 
@@ -245,7 +253,7 @@ def test_stratified_and_batch_stages_have_the_same_expected_gradient():
         for step in range(count):
             model.zero_grad()
             shuffled = x1[torch.randperm(48, generator=torch.Generator().manual_seed(step))]
-            loss(model, shuffled, None, Schedule(STARTS, stages=stages), BatchRandom(1, step, 48))[0].backward()
+            loss(model, shuffled, None, Schedule(STARTS, stages=stages), BatchRandom(2, step, 48))[0].backward()
             rows.append(torch.cat([(torch.zeros_like(w) if w.grad is None else w.grad).flatten() for w in weights]))
         return torch.stack(rows)
 

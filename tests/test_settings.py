@@ -224,6 +224,13 @@ def test_times(trained):
         assert abs(((u > 0.25) & (u < 0.75)).float().mean() - share) < 0.1
 
 
+@setting("stage_weights")
+def test_stage_weights(trained):
+    """Of the 8 rows of a part, six train band 0 alone in place of four."""
+    for run, rows in ((trained(stage_weights=(3.0, 1.0), recompute=False, size="24,2,2,2"), 6), (trained(), 4)):
+        assert {len(p.t) for p in run.passes if len(p.bands) == 1} == {rows}
+
+
 @setting("starts")
 def test_starts(trained):
     times = torch.cat([p.t for p in trained(**PYRAMID).passes if len(p.bands) == 2])
@@ -903,10 +910,10 @@ def test_fid_draws_with_its_flags(folders, monkeypatch):
 def test_each_flag_sets_its_setting_and_no_other(monkeypatch):
     values = {**ODD, "dataset": "folder", "data": "D", "res": 24, "condition": "vectors", "space": "latent", "vae": "V",
               "latents": "L", "flip": False, "skip_bad": True, "init": "I", "out": "O", "method": "separate",
-              "num_scales": 3, "pyramid": "haar", "stages": "batch", "precision": "bfloat16", "compile": True,
-              "shard": True, "solver": "heun", "rtol": 0.3, "atol": 0.2, "solver_steps": 9, "cfg_scale": 1.7,
-              "num_samples": 11, "sample_every": 12, "eval_every": 13, "logger": "tensorboard", "keep": 14,
-              "keep_every": 15}
+              "num_scales": 3, "pyramid": "haar", "stages": "batch", "stage_weights": (1.0, 3.0), "compile": True,
+              "precision": "bfloat16", "shard": True, "solver": "heun", "rtol": 0.3, "atol": 0.2, "solver_steps": 9,
+              "cfg_scale": 1.7, "num_samples": 11, "sample_every": 12, "eval_every": 13, "logger": "tensorboard",
+              "keep": 14, "keep_every": 15}
     assert values.keys() == {field.name for field in dataclasses.fields(Config)}
     free, pair = Config(out="O"), {"solver", "solver_steps"}                   # these two go together
     for name, value in values.items():
