@@ -246,8 +246,8 @@ def parser(description: str, usage: str) -> argparse.ArgumentParser:
 
 
 def numbers(text: str) -> tuple[float, ...]:
-    """"0,0.5" -> (0.0, 0.5)."""
-    return tuple(float(n) for n in text.split(","))
+    """"0,0.5" -> (0.0, 0.5), "" -> ()."""
+    return tuple(float(n) for n in text.split(",")) if text else ()
 
 
 def add_config_flags(to: argparse.ArgumentParser) -> None:

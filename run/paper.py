@@ -35,7 +35,8 @@ _CELEBAHQ = dict(_PAPER, dataset="celebahq", size="L/2", lr=2e-4, lr_end=1e-6, e
 _IMAGENET = dict(_PAPER, dataset="imagenet", res=256, vae=EQ_VAE, lr=1e-4, lr_end=1e-4, ema=0.9999, keep_every=100_000)
 
 # Not in paper: what made images better at equal FLOPs (docs/results.md).
-_OURS = dict(block="modern", times="logit-normal", full_range=False, concat_coarse=True, num_scales=3)
+_OURS = dict(block="modern", times="logit-normal", full_range=False, concat_coarse=True, num_scales=3,
+             starts=(0, 0.5, 0.8), stage_weights=(2, 2, 1))
 
 _256 = Preset(
     dict(_CELEBAHQ, res=256, vae=EQ_VAE, steps=500 * CELEBAHQ // 256),
@@ -50,7 +51,7 @@ _1024 = Preset(
 # The digits are the defaults above. The first preset that fits --dataset, --res and --size is taken.
 PRESETS = {
     "digits": Preset({}),                                   # two minutes on two CPU cores; the choices are in LOG.md
-    "fashion": Preset(dict(_OURS, dataset="fashion", res=32, size="96,4,3,4", steps=3500, lr=2e-2,
+    "fashion": Preset(dict(_OURS, dataset="fashion", res=32, size="96,4,3,4", steps=4700, lr=2e-2,
                            num_samples=2000)),
     "fashion-gpu": Preset(dict(_OURS, dataset="fashion", res=32, size="128,6,4,2", steps=20000, batch=256, lr=2e-3,
                                precision="bfloat16", compile=True, num_samples=2000)),
@@ -129,12 +130,13 @@ def resolve(given: dict) -> Config:
         raise UserError(f"unknown dataset {given['dataset']!r}; choose one of {', '.join(DATASETS)}")
     name = name or nearest_preset(given)
     settings = {**PRESETS[name].settings, **given}
-    if settings.get("method", "lapflow") != "lapflow":      # of a preset
-        settings = {key: value for key, value in settings.items() if key in given or key not in LAPFLOW}
-    if settings.get("method") == "lfm":
+    if (method := settings.get("method", "lapflow")) != "lapflow":      # others have their own starts, DFM its shares
+        other = {*LAPFLOW, "starts", *["stage_weights"] * (method == "dfm")}
+        settings = {key: value for key, value in settings.items() if key in given or key not in other}
+    if method == "lfm":
         settings["num_scales"] = given.get("num_scales", 1)
-    if settings.get("num_scales") != PRESETS[name].settings.get("num_scales") or settings.get("method") == "dfm":
-        settings["stage_weights"] = given.get("stage_weights", ())      # the preset's are for its own stages
+    if settings.get("num_scales") != PRESETS[name].settings.get("num_scales"):
+        settings |= {key: given.get(key, ()) for key in ("starts", "stage_weights")}        # the preset's are for its K
     if settings.get("space") == "pixel":
         settings["vae"] = given.get("vae", "")
     elif settings.get("space") == "latent" and ("res" in given or not settings.get("vae")):

@@ -219,8 +219,8 @@ def test_flags_find_the_row_of_the_paper(given, name):
 
 
 def test_a_preset_yields_to_the_user():
-    clothes = paper.resolve({"dataset": "fashion", "batch": 3})
-    assert clothes.batch == 3 and clothes.res == 32 and clothes.out == "out/fashion"
+    clothes = paper.resolve({"dataset": "fashion", "batch": 5})
+    assert clothes.batch == 5 and clothes.res == 32 and clothes.out == "out/fashion"
     assert paper.resolve({}).out == "out/digits"
     assert paper.resolve({"dataset": "folder", "res": 32}).out == "out/folder-32"
     assert paper.resolve({"dataset": "celebahq", "res": 512}).latents == "latents/celebahq-512-sd-vae-ft-mse/train"
