@@ -64,7 +64,8 @@ ABLATIONS = {
 }
 COLUMNS = {"frechet_pixel": ("FD", 3), "frechet": ("FD, classifier", 2),
            "frechet_efficientnet": ("FD, EfficientNet", 1), "precision": ("precision", 3), "recall": ("recall", 3),
-           "class_variance": ("class variance", 3), "label_agreement": ("agreement", 3), "nfe": ("NFE", 0)}
+           "class_variance": ("class variance", 3), "label_agreement": ("agreement", 3), "novelty": ("novelty", 2),
+           "nfe": ("NFE", 0)}
 
 
 def systems(dataset: str) -> dict[str, dict]:
@@ -258,21 +259,6 @@ def table(runs_of: dict, paper_fid: dict, times: dict) -> str:
             f"{origin(lines, 'hardware', 'versions')}.")
 
 
-def verdict(runs_of: dict, paper_fid: dict) -> str:
-    """Does the paper's ranking hold? Pairs of variants in the order of its FID, against ours; within noise: our means
-    differ by less than two standard errors."""
-    ours = {name: [line["frechet_pixel"] for line in runs_of[name]] for name in paper_fid if paper_fid[name]}
-    names = sorted((name for name, values in ours.items() if len(values) > 1), key=paper_fid.get)
-    counts = {"hold": 0, "within noise": 0, "reversed": 0}
-    for i, better in enumerate(names):
-        for worse in names[i + 1 :]:
-            gap = statistics.mean(ours[worse]) - statistics.mean(ours[better])
-            noise = sum(statistics.variance(ours[name]) / len(ours[name]) for name in (better, worse)) ** 0.5
-            counts["within noise" if abs(gap) < 2 * noise else "hold" if gap > 0 else "reversed"] += 1
-    total = sum(counts.values())
-    return f"of {total} pairs " + ", ".join(f"{n} {what}" for what, n in counts.items()) if total else ""
-
-
 def draw_curves(path: Path, runs_of: dict, lines: list[dict]) -> None:
     """Distance against training FLOPs: along the run of the first seed; where a classifier judges, over all lines of
     a system, runs of several lengths, the mean of their seeds."""
@@ -331,8 +317,6 @@ def report(planned: list[tuple[str, Config]], args: argparse.Namespace) -> None:
     times = {variant: line["seconds_per_image"] for variant, cfg in planned if (line := finished(lines, cfg, "time"))}
     paper_fid = {variant: value for variant, (_, value) in variants(args).items()}
     text = table(done, paper_fid, times)
-    if ranking := verdict(done, paper_fid):
-        text += f"\n\nThe paper's ranking: {ranking}."
     (out / f"{name}.md").write_text(text + "\n")
     draw_samples(out / f"{name}.png", planned, args.device)
     if not args.ablation:

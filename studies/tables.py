@@ -15,7 +15,7 @@ import config
 from config import UserError
 from run import checkpoint
 from run.paper import PRESETS
-from studies import compare, plan
+from studies import compare, plan, variety
 from studies.output import markdown, origin, seeds, spread
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,24 +25,6 @@ PAGES = ("README.md", "docs/results.md", "docs/paper.md", "docs/scores.md")
 def lines(name: str) -> list[dict]:
     file = ROOT / "results" / f"{name}.jsonl"
     return checkpoint.read_lines([file] if file.exists() else [])
-
-
-def digits() -> str:
-    """The default run, one row for each score, beside LFM at equal training FLOPs and real images."""
-    rows = lines("digits")
-    lfm = [row for row in lines("compare") if row["what"] == "run" and row["settings"] == {"method": "lfm"}]
-    names = {"label_agreement": "a classifier agrees with the label asked for",
-             "frechet_pixel": "Frechet distance, pixels in [0, 1]",
-             "class_variance": "variance inside a class, over the real one",
-             "novelty": "distance to the nearest training image, over the real one",
-             "precision": "precision (k = 3)", "recall": "recall (k = 3)"}
-    table = [[text, *(spread([row[name] for row in side], 3) for side in (rows, lfm)), f"{rows[0]['real'][name]:.3f}"]
-             for name, text in names.items()]
-    table += [[f"NFE ({rows[0]['solver']})", *(spread([row["nfe"] for row in side], 0) for side in (rows, lfm)), ""],
-              ["`python train.py` in all, seconds", spread([row["seconds_total"] for row in rows], 0), "", ""]]
-    head = ["500 images, classes balanced", "LapFlow", "LFM, equal training FLOPs", "real images"]
-    return (f"{markdown(head, table)}\n\n{len(rows)} training seeds, mean ± standard deviation; "
-            f"{origin(rows + lfm, 'hardware', 'versions')}; `{rows[0]['command']}`.")
 
 
 def of_one_length(name: str, wanted: dict) -> tuple[dict, dict]:
@@ -82,7 +64,7 @@ def systems(name: str) -> str:
 
 
 def ablations() -> str:
-    """The ablations on the digits, the paper's FID beside our distance, and whether its ranking holds."""
+    """The ablations on the digits, the paper's FID beside our distance."""
     rows, table = [row for row in lines("ablations") if row["config"]["dataset"] == "digits"], []
     for ablation, variants in compare.ABLATIONS.items():
         runs, _ = compare.gathered(rows, {name: settings for name, (settings, _) in variants.items()})
@@ -92,13 +74,11 @@ def ablations() -> str:
                 scores = [spread([row[key] for row in group], places) for key, places in (
                     ("frechet_pixel", 3), ("class_variance", 3), ("nfe", 0))]
                 table.append([ablation, name, *scores, f"{group[0]['parameters'] / 1e6:.2f}", paper_fid[name] or ""])
-        if ranking := compare.verdict(runs, paper_fid):
-            table.append(["", f"*the paper's ranking: {ranking}*", "", "", "", "", ""])
     head = ["ablation", "", "FD", "class variance", "NFE", "parameters, M", "paper: FID"]
     return (f"{markdown(head, table)}\n\nDigits, {rows[0]['training_flops']:.2e} training FLOPs each, "
             f"{len({row['config']['seed'] for row in rows})} seeds (one where no spread is shown), mean ± standard "
             f"deviation; {rows[0]['n']} images, {rows[0]['solver']} {rows[0]['rtol']}; "
-            f"{origin(rows, 'hardware', 'versions')}. Within noise: the means differ by less than two standard errors.")
+            f"{origin(rows, 'hardware', 'versions')}.")
 
 
 def speed() -> str:
@@ -146,9 +126,9 @@ def gpu() -> str:
     return markdown(head, table) + (f"\n\n{origin(rows, 'hardware', 'versions')}; `{commands}`." if rows else "")
 
 
-TABLES = {"garments": garments, "digits": digits, "presets": plan.presets, "speed": speed,
+TABLES = {"garments": garments, "presets": plan.presets, "speed": speed,
           "systems": partial(systems, "compare"), "fashion": partial(systems, "fashion"), "ablations": ablations,
-          "gpu": gpu, "quality": partial(systems, "quality")}
+          "gpu": gpu, "quality": partial(systems, "quality"), "variety": lambda: variety.table(lines("variety"))}
 
 
 def render(pages: dict[str, str]) -> dict[str, str]:

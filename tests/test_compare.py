@@ -120,18 +120,6 @@ def test_the_recorded_comparison_is_not_run_again(tmp_path):
     assert len(planned) == 24 and all(compare.finished(lines, cfg, "run") for _, cfg in planned)
 
 
-def test_the_verdict_on_a_ranking_knows_noise():
-    fid = {"A": 3.5, "B": 4.0, "C": 5.0}
-    runs = {name: [line(seed, value + 0.001 * seed) for seed in (0, 1, 2)] for name, value in (
-        ("A", 0.10), ("B", 0.2), ("C", 0.1))}
-    assert compare.verdict(runs, fid) == "of 3 pairs 1 hold, 1 within noise, 1 reversed"
-    assert compare.verdict(runs, {"A": 3.5, "B": None, "C": None}) == ""
-    better = [line(seed, 0.1 * seed) for seed in range(3)]                      # a mean of 0.1 ± 0.1 / 3^(1/2)
-    for errors, words in ((1.9, "0 hold, 1 within"), (2.1, "1 hold, 0 within"), (-2.1, "0 within noise, 1 reversed")):
-        worse = [line(seed, 0.1 + errors * 0.1 / 3**0.5) for seed in range(3)]
-        assert words in compare.verdict({"A": better, "B": worse}, {"A": 3.5, "B": 4.0})
-
-
 def test_a_table_stands_on_one_page(monkeypatch):
     monkeypatch.setattr(tables, "TABLES", {"a": lambda: "| new |", "b": lambda: "B\\1"})
     page = "x\n<!-- {0} -->\nold\n<!-- /{0} -->\ny"
@@ -161,18 +149,6 @@ def test_the_gpu_table_shows_the_newest_lines_of_the_last_gpu(monkeypatch):
     assert "\n\nH100; torch 2; commit abc; `python -m studies.bench gpu`." in text and "H200" not in text
     monkeypatch.setattr(tables, "lines", lambda name: [row for row in rows if row["dry_run"]])
     assert tables.gpu().count(no) == 5 * 7 and "CPU" not in tables.gpu()
-
-
-def test_the_table_of_digits_has_each_system_below_its_name(monkeypatch):
-    names = ("label_agreement", "frechet_pixel", "class_variance", "novelty", "precision", "recall")
-    ours, lfm, real = ({name: value for name in names} for value in (0.1, 0.2, 0.3))
-    rows = {"digits": [{**line(0, 0.1, command="python train.py", seconds_total=99.0, nfe=52), **ours, "real": real}],
-            "compare": [line(0, 0.9), {**line(0, 0.2, settings={"method": "lfm"}, nfe=63), **lfm}]}
-    monkeypatch.setattr(tables, "lines", rows.get)
-    head, _, *text = tables.digits().splitlines()[:10]
-    assert head.endswith("| LapFlow | LFM, equal training FLOPs | real images |")
-    assert all(row.endswith("| 0.100 | 0.200 | 0.300 |") for row in text[:6])
-    assert text[6].endswith("| 52 | 63 |  |") and text[7].endswith("| 99 |  |  |")
 
 
 def test_the_table_of_garments_has_each_system_below_its_name_and_one_length(monkeypatch):

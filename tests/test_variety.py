@@ -1,0 +1,62 @@
+"""Where variety is lost: states that are real until T_j, and variance by band."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from pyramid import decompose, reconstruct
+from schedule import Schedule
+from studies import variety
+
+STARTS = (0.0, 0.5, 0.8)
+
+
+@pytest.mark.parametrize("j", [1, 2])
+def test_real_until_hands_the_network_the_states_of_training(j):
+    """A velocity that ends at x1 from wherever it is: every image comes back, and the first state is the real one."""
+    schedule, x1, seen = Schedule(STARTS), torch.rand(4, 1, 16, 16, dtype=torch.float64), []
+    bands = schedule.split(x1)
+
+    def model(xt, t, y):
+        seen.append((t[0].item(), xt, y))
+        alpha, sigma, d_alpha, d_sigma = zip(*(schedule.coefficients(i, t[0]) for i in range(len(xt))), strict=True)
+        return [d_alpha[i] * bands[i] + d_sigma[i] * (x - alpha[i] * bands[i]) / sigma[i] for i, x in enumerate(xt)]
+
+    run = SimpleNamespace(schedule=schedule, device="cpu", shape=(1, 16, 16), model=model)
+    images = variety.real_until(run, j, x1, torch.arange(4), solver="midpoint", steps=20)
+    assert torch.allclose(images, x1, atol=1e-5)
+    t, state, y = seen[0]
+    assert t == pytest.approx(STARTS[j]) and len(state) == j + 1 and y.tolist() == [0, 1, 2, 3]
+    alphas = [(t - start) / (1 - start) for start in STARTS[: j + 1]]
+    noise = [(x - alpha * band) / (1 - t) for x, alpha, band in zip(state, alphas, bands, strict=False)]
+    for i, x in enumerate(noise):                           # of one white image, averaged: 1/4, then details
+        expected = (0.25, 0.43, 0.87)[i]
+        assert x.std().item() == pytest.approx(expected, rel=0.2)
+
+
+def test_the_variance_is_that_of_each_band():
+    generator, labels = np.random.default_rng(0), np.arange(400) % 2
+    real = generator.integers(60, 190, (400, 32, 32, 1)).astype(np.uint8)
+    bands = decompose(torch.from_numpy(real).permute(0, 3, 1, 2).float(), 3)
+    changed = reconstruct([bands[0], bands[1], 0.5 * bands[2]]).permute(0, 2, 3, 1).round().byte().numpy()
+
+    class Judge:
+        def __call__(self, images):
+            return images.reshape(len(images), 32, 32)[:, ::8, ::8].reshape(len(images), -1).astype(np.float64)
+
+        def classify(self, features):
+            return np.zeros(len(features), int)
+
+    same, other = (variety.scores((real, labels), images, labels, Judge()) for images in (real, changed))
+    assert same["frechet"] == pytest.approx(0, abs=1e-6) and same["band_variance"] == pytest.approx([1, 1, 1])
+    assert same["label_agreement"] == 0.5 and same["class_variance"] == pytest.approx(1)
+    assert other["band_variance"] == pytest.approx([1, 1, 0.25], abs=0.01) and other["frechet"] > 10
+
+
+def test_the_table_shows_real_images_once():
+    line = {"row": "real images", "frechet": 1.234, "label_agreement": 0.9, "recall": 0.8, "class_variance": 1.0,
+            "band_variance": [0.9, 1.0, 1.1], "num": 10, "hardware": "a box", "versions": "v", "commit": "c"}
+    text = variety.table([line, {**line, "row": "lapflow"}, line])
+    assert text.count("real images") == 1 and "| lapflow | 1.23 | 0.900 | 0.800 | 1.000 | 0.900, 1.000, 1.100 |" in text
