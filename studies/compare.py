@@ -35,7 +35,7 @@ from run import checkpoint, load, log, memory, paper, pictures
 from run.ranks import best_device
 from scores.classifier import load_classifier
 from scores.features import load_extractor
-from studies.output import markdown, origin, plot, seeds, spread
+from studies.output import markdown, origin, seeds, spread
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -262,7 +262,8 @@ def table(runs_of: dict, paper_fid: dict, times: dict) -> str:
 def draw_curves(path: Path, runs_of: dict, lines: list[dict]) -> None:
     """Distance against training FLOPs: along the run of the first seed; where a classifier judges, over all lines of
     a system, runs of several lengths, the mean of their seeds."""
-    curves, judged = [], any("frechet" in line for line in lines)
+    judged, plt = any("frechet" in line for line in lines), pictures.pyplot()
+    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
     for name, runs in runs_of.items():
         points = []
         if judged and runs:
@@ -276,9 +277,13 @@ def draw_curves(path: Path, runs_of: dict, lines: list[dict]) -> None:
             points = [(step * each, distance) for step, distance in line["curve"]]
             points.append((line["training_flops"], line["frechet_pixel"]))
         if points:
-            curves.append((*map(list, zip(*points, strict=True)), dict(marker="o", label=name)))
-    plot(path, curves, plain=False, xscale="log", yscale="log", xlabel="training FLOPs",
-         ylabel="Frechet distance, classifier" if judged else "Frechet distance, pixels in [0, 1]")
+            axis.plot(*zip(*points, strict=True), marker="o", label=name)
+    axis.set(xscale="log", yscale="log", xlabel="training FLOPs",
+             ylabel="Frechet distance, classifier" if judged else "Frechet distance, pixels in [0, 1]")
+    axis.grid(which="both", alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def draw_samples(path: Path, planned: list[tuple[str, Config]], device: str | None) -> None:
