@@ -73,7 +73,8 @@ def measured(run: Run, num: int, batch: int = 200) -> Iterator[tuple[str, dict]]
     yield "real images", scores(real, images[:num], labels, judge)
     settings, ours = load.solver_settings(run.cfg), run.cfg.method == "lapflow"
     starts = ", ".join(f"{start:.3g}" for start in run.cfg.starts[1:])
-    yield run.cfg.method + f", starts {starts}" * ours, scores(real, sample.generate(run, num, y.cpu(), batch=batch, **settings)[0], labels, judge)
+    drawn, _ = sample.generate(run, num, y.cpu(), batch=batch, **settings)
+    yield run.cfg.method + f", starts {starts}" * ours, scores(real, drawn, labels, judge)
     solver = {key: settings[key] for key in ("solver", "rtol", "atol", "steps", "norm") if key in settings}
     for j in range(1, run.cfg.num_scales if ours else 1):
         parts = [run.decode(real_until(run, j, x1[i : i + batch], y[i : i + batch], seed=i, **solver))
