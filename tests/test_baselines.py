@@ -487,8 +487,8 @@ def test_dfm_needs_a_patch_size_it_can_halve():
         network(config("dfm", 3, size="48,2,3,2"))
 
 
-@pytest.mark.parametrize("method", ["lfm", "pyramidal", "edify", "dfm", "separate", *(
-    pytest.param(method, marks=pytest.mark.slow) for method in ("pyramidal-zero-overlap", "pixelflow", "edify-plain"))])
+@pytest.mark.parametrize("method", ["dfm", *(pytest.param(method, marks=pytest.mark.slow) for method in (
+    "lfm", "pyramidal", "edify", "separate", "pyramidal-zero-overlap", "pixelflow", "edify-plain"))])
 def test_training_continues_and_its_run_is_loaded_and_exported(method, tmp_path, capsys):
     quick = dict(method=method, num_scales=1 if method == "lfm" else 2, size="32,2,2,2", batch=20, solver="midpoint",
                  solver_steps=4, out=str(tmp_path / "run"), num_samples=5)

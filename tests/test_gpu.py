@@ -217,8 +217,9 @@ def test_guidance_in_an_interval_waits_for_the_time(fake):
             assert (watch.waits, guided.passes) == (waits, 2)
 
 
-SOLVED = [("lapflow", solver) for solver in ("euler", "midpoint", "heun", "rk4")]
-SOLVED += [(method, "euler") for method in ("pyramidal", "edify", "dfm", "separate")]
+SOLVED = [("lapflow", "euler"), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in [
+    *(("lapflow", solver) for solver in ("midpoint", "heun", "rk4")),
+    *((method, "euler") for method in ("pyramidal", "edify", "dfm", "separate"))])]
 
 
 @pytest.mark.parametrize("method, solver", SOLVED)
@@ -381,6 +382,7 @@ def test_a_section_that_fails_or_hangs_loses_nothing_else(tmp_path, monkeypatch,
 
 
 @needs_fork
+@pytest.mark.slow
 def test_no_section_begins_after_the_budget(tmp_path, monkeypatch):
     sections = {"first": (lambda job: time.sleep(9), 99), "second": (lambda job: job.say("figure"), 99)}
     monkeypatch.setitem(gpu.COMMANDS, "gpu", sections)

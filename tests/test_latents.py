@@ -329,6 +329,7 @@ def test_encode_train_sample_decode(tmp_path, images, vae, program, give_up):
     assert "is not the one that made the latents of this run: its sha256" in out
 
 
+@pytest.mark.slow
 def test_fine_tuning_takes_another_resolution_and_other_classes(tmp_path, images, vae, capsys):
     encode(tmp_path / "cache", images, vae)
     train.train(run_of(tmp_path / "first", tmp_path / "cache", vae, steps=5), device="cpu")

@@ -66,9 +66,10 @@ DFM = dict(num_scales=3, size="32,2,2,4", method="dfm", batch=24)       # stages
 
 @needs_fork
 @pytest.mark.parametrize("settings, world", [
-    (dict(stages="stratified", **THREE), 2), (dict(stages="batch", **THREE), 2),
-    (dict(stages="stratified", **DFM), 2), (dict(stages="batch", seed=2, **DFM), 2),
-    (dict(stages="batch", shard=True, **THREE), 2),
+    (dict(stages="stratified", **DFM), 2), (dict(stages="batch", shard=True, **THREE), 2),
+    pytest.param(dict(stages="stratified", **THREE), 2, marks=pytest.mark.slow),
+    pytest.param(dict(stages="batch", **THREE), 2, marks=pytest.mark.slow),
+    pytest.param(dict(stages="batch", seed=2, **DFM), 2, marks=pytest.mark.slow),
     pytest.param(dict(stages="stratified", stage_weights=(2, 2, 1), recompute=True, **THREE), 2,
                  marks=pytest.mark.slow),
     pytest.param(dict(stages="stratified", method="separate", **THREE), 2, marks=pytest.mark.slow),
@@ -156,6 +157,7 @@ def checkpoint_lines(file: Path) -> list:
 
 
 @needs_fork
+@pytest.mark.slow
 def test_each_process_keeps_its_share_of_the_optimizer_and_any_number_goes_on(tmp_path, monkeypatch):
     """Two, one, two processes with --shard, against one without; no checkpoint tells how it was made."""
     original = Ranks.optimizer_state
@@ -188,6 +190,7 @@ def test_each_process_keeps_its_share_of_the_optimizer_and_any_number_goes_on(tm
 
 
 @needs_fork
+@pytest.mark.slow
 def test_gradients_in_bfloat16_travel_in_bfloat16(tmp_path, monkeypatch):
     """Six steps of two processes against one, in the same micro-batches: rounded to eight bits, and no more."""
     monkeypatch.setattr(torch.optim, "AdamW", partial(torch.optim.AdamW, eps=1e-3))
@@ -492,7 +495,7 @@ def graphs(monkeypatch):
     pytest.param("batch", dict(), marks=pytest.mark.slow),
     pytest.param("stratified", dict(), marks=pytest.mark.slow),
     pytest.param("batch", dict(recompute=True), marks=pytest.mark.slow),
-    ("batch", dict(precision="bfloat16", ema=0.0, sample_every=10, micro_batch=6))])
+    pytest.param("batch", dict(precision="bfloat16", ema=0.0, sample_every=10, micro_batch=6), marks=pytest.mark.slow)])
 def test_blocks_compile_once_for_each_stage_and_never_again(tmp_path, graphs, stages, settings):
     """One graph for each stage, shared by all blocks, over 20 steps; the loss is that of the plain model."""
     settings = {**THREE, "size": "32,3,2,1", "stages": stages, "log_every": 1, **settings}
