@@ -31,10 +31,23 @@ from docs import hero, steps
 from pyramid import down
 from run import load, pictures
 from studies import compare
-from studies.output import plot
 from studies.tables import lines
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def plot(path: Path, curves: list[tuple], size: tuple = (8, 5), **axes) -> None:
+    """curves: (x, y, matplotlib's keywords) of each."""
+    plt = pictures.pyplot()
+    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    for x, y, style in curves:
+        axis.plot(x, y, **style)
+    axis.set(**axes)
+    axis.grid(which="both", alpha=0.3)
+    pictures.plain_ticks(axis)
+    axis.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def command(*words) -> None:
