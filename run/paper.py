@@ -130,10 +130,10 @@ def resolve(given: dict) -> Config:
         raise UserError(f"unknown dataset {given['dataset']!r}; choose one of {', '.join(DATASETS)}")
     name = name or nearest_preset(given)
     settings = {**PRESETS[name].settings, **given}
-    if (method := settings.get("method", "lapflow")) != "lapflow":      # others have their own starts, DFM its shares
-        other = {*LAPFLOW, "starts", *["stage_weights"] * (method == "dfm")}
-        settings = {key: value for key, value in settings.items() if key in given or key not in other}
-    if method == "lfm":
+    if settings.get("method", "lapflow") != "lapflow":      # those of the preset are LapFlow's
+        ours = (*LAPFLOW, "starts", "stage_weights")
+        settings = {key: value for key, value in settings.items() if key in given or key not in ours}
+    if settings.get("method") == "lfm":
         settings["num_scales"] = given.get("num_scales", 1)
     if settings.get("num_scales") != PRESETS[name].settings.get("num_scales"):
         settings |= {key: given.get(key, ()) for key in ("starts", "stage_weights")}        # the preset's are for its K

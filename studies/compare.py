@@ -47,6 +47,7 @@ SYSTEMS = {"LapFlow": {}, "LFM": {"method": "lfm"}, "Pyramidal Flow": {"method":
 FASHION = {                                                 # learning rate and options: chosen on seed 100 (LOG.md)
     **SYSTEMS, "LapFlow, shared weights": {"experts": "none"},                  # as many parameters as LFM
     "LapFlow, two scales": {"num_scales": 2},
+    "Pyramidal Flow, stages 2:2:1": {"method": "pyramidal", "stage_weights": (2.0, 2.0, 1.0)},
     "LapFlow, as in the paper": dict(num_scales=2, block="dit", times="uniform", full_range=True, concat_coarse=False)}
 ABLATIONS = {
     "mask": {"causal": ({}, 3.53), "none": ({"mask": "none"}, 3.91), "self": ({"mask": "self"}, 5.19)},
