@@ -161,7 +161,7 @@ def commands_of(page: str) -> list[str]:
 
 def make_inputs(folder) -> None:
     """The files that the commands name."""
-    for i, name in product(range(4), ("my-images", "others")):                  # too few to score: that is reported
+    for i, name in product(range(4), ("my-images", "others", "package/img/twitter/64")):        # too few to score
         (folder / name / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
         noise = np.random.default_rng(i).integers(0, 256, (80, 70, 3)).astype(np.uint8)
         Image.fromarray(noise).save(folder / name / "ab"[i % 2] / f"{i}.png")
