@@ -102,6 +102,7 @@ def test_the_random_cache_is_one_that_training_reads(tmp_path):
 # compare, and the command line
 
 
+@pytest.mark.slow
 def test_compare_measures_the_same_shapes(monkeypatch, program, tmp_path):
     for name, value in (("WIDTH", 32), ("DEPTH", 1), ("HEADS", 2)):
         monkeypatch.setattr(bench, name, value)

@@ -499,6 +499,7 @@ def test_up_to_the_hub_and_back_in_new_processes(tmp_path):
     hub.server_close()
 
 
+@pytest.mark.slow
 def test_the_weights_in_the_repository_draw_the_digits_asked_for():
     """A hundred, by Euler; the classifier is that of the scores. The card beside them is of the same run."""
     run = load_run(str(ROOT / "docs/models/digits"), device="cpu")

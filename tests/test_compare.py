@@ -112,6 +112,7 @@ def test_lines_are_recognised_by_their_settings():
     assert compare.finished(lines, Config(seed=1, out="out/x", lr=1e-3), "run") is None
 
 
+@pytest.mark.slow
 def test_the_recorded_comparison_is_not_run_again(tmp_path):
     """Its lines are older than some settings: those have their defaults. Its steps are of equal FLOPs still."""
     lines = checkpoint.read_lines([tables.ROOT / "results" / "compare.jsonl"])

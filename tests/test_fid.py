@@ -242,7 +242,8 @@ def call(tmp_path, monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize("format", ["npz", pytest.param("shards", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["npz", "shards"])
 def test_labels_of_sample_files_are_right_in_batches_of_any_size(format, tmp_path, call):
     train.train(tiny(tmp_path, "out/run", steps=1, ema=0.0), device="cpu")
     call(sample.main, "out/run", "-n", "23", "--batch", "7", "--format", format, "--out", "images")     # of ten classes

@@ -173,6 +173,7 @@ def test_the_attention_of_appendix_c_by_torch_s_counter(num_scales, mask, expect
     assert mean(counts) / whole == pytest.approx(expected, abs=6e-4)
 
 
+@pytest.mark.slow
 def test_what_a_dry_run_prints():
     text = memory.describe(paper.resolve({"preset": "celebahq-1024"}))
     for words in ("preset     celebahq-1024\n", "256, 1280, 5376 by stage", "2,000.0 epochs of 30,000",

@@ -66,7 +66,8 @@ DFM = dict(num_scales=3, size="32,2,2,4", method="dfm", batch=24)       # stages
 
 @needs_fork
 @pytest.mark.parametrize("settings, world", [
-    (dict(stages="stratified", **DFM), 2), (dict(stages="batch", shard=True, **THREE), 2),
+    (dict(stages="stratified", **DFM), 2),
+    pytest.param(dict(stages="batch", shard=True, **THREE), 2, marks=pytest.mark.slow),
     pytest.param(dict(stages="stratified", **THREE), 2, marks=pytest.mark.slow),
     pytest.param(dict(stages="batch", **THREE), 2, marks=pytest.mark.slow),
     pytest.param(dict(stages="batch", seed=2, **DFM), 2, marks=pytest.mark.slow),

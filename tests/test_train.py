@@ -46,8 +46,8 @@ def test_twenty_steps_are_ten_and_a_restart_and_ten(tmp_path, monkeypatch, capsy
     a, b = state(whole), state(parts)
     assert a["step"] == b["step"] == 20
     assert same(a["model"], b["model"]) and same(a["ema"], b["ema"])
-    for moments_a, moments_b in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values(), strict=True):
-        assert same(moments_a, moments_b)
+    moments, again = a["optimizer"]["state"], b["optimizer"]["state"]           # of weights in the order of their use
+    assert moments.keys() == again.keys() and all(same(moments[i], again[i]) for i in moments)
     assert losses(whole.out) == losses(parts.out) and len(losses(whole.out)) == 4
     images = [sample.generate(load.load_run(cfg.out, device="cpu"), 4, torch.arange(4), progress=False, solver="euler",
                               steps=4)[0] for cfg in (whole, parts)]
@@ -95,6 +95,7 @@ def test_a_checkpoint_of_another_configuration_is_refused_and_kept(tmp_path):
     assert same(before["model"], state(tiny(tmp_path))["model"])
 
 
+@pytest.mark.slow
 def test_thirty_steps_end_to_end(tmp_path, capsys):
     cfg = tiny(tmp_path, steps=30, batch=64, lr=4e-3, num_samples=500)
     train_and_score(cfg)
@@ -474,7 +475,7 @@ def test_starts_are_evenly_spaced_unless_given():
 
 
 def test_a_configuration_survives_json():
-    cfg = paper.resolve({"dataset": "folder", "batch": 3})
+    cfg = paper.resolve({"dataset": "folder", "batch": 5})
     assert Config.from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg
     with pytest.raises(UserError, match="unknown settings.*colour"):
         Config.from_dict({"colour": 1})
