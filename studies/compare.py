@@ -116,10 +116,11 @@ def plan_runs(args: argparse.Namespace) -> list[tuple[str, Config]]:
 
 
 def command_of(cfg: Config, device: str | None) -> list[str]:
-    """The train.py of a configuration: the flags in which it differs from the defaults of its data."""
-    standard = paper.resolve({"dataset": cfg.dataset}).to_dict()
+    """The train.py of a configuration: the flags in which it differs from the defaults of its data and method."""
+    given = {"dataset": cfg.dataset, "method": cfg.method}
+    standard = paper.resolve(given).to_dict()
     changed = {name: value for name, value in cfg.to_dict().items() if value != standard[name]}
-    return ["--dataset", cfg.dataset, *config.flags(changed), *(["--device", device] if device else [])]
+    return [*config.flags(given), *config.flags(changed), *(["--device", device] if device else [])]
 
 
 def finished(lines: list[dict], cfg: Config, what: str) -> dict | None:

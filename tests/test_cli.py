@@ -196,6 +196,8 @@ def test_every_command_of_the_pages_runs(program, tmp_path, monkeypatch):
                 arguments += few.get(name, [])
             if "--dataset fashion" in command:
                 arguments += ["--data", "clothes"]
+            if "docs/models/fashion" in command:
+                arguments += ["--solver", "euler", "--steps", "6"]
             if "--dataset folder" in command:
                 arguments += ["--size", "32,2,2,4"]         # larger images, fewer tokens
             print(name, *arguments)
