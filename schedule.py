@@ -123,8 +123,8 @@ class Schedule:
         """The stage (B,) that each row of this process trains; rng is a `data.batches.BatchRandom`."""
         if self.stages == "batch":                          # one draw for the whole batch
             return np.full(rng.batch, rng.choice(self.shares))[rng.rows]
-        due = [((k + 0.5) / share, s) for s, share in enumerate(self.shares) for k in range(rng.batch)]
-        return np.array([s for _, s in sorted(due)[: rng.batch]])[rng.rows]         # each stage evenly spread
+        due = (np.arange(rng.batch) + 0.5) / np.array(self.shares)[:, None]         # (K, B): each stage evenly spread
+        return (np.argsort(due, axis=None, kind="stable")[: rng.batch] // rng.batch)[rng.rows]
 
 
 def white_bands(rng, shape: tuple[int, int, int], num_scales: int) -> list[Tensor]:

@@ -140,7 +140,7 @@ def loop(job: Job, stop: StopSignals, deadline: float) -> None:
         load.compile_blocks(model)
     objective = Objective(model, system.loss, system.schedule(cfg), cfg.precision)
     # one stage for a whole batch leaves the finer bands without gradients; so may a rare stage
-    rare = cfg.stages == "batch" or cfg.method == "dfm" or bool(cfg.stage_weights)
+    rare = cfg.stages == "batch" or len(set(objective.schedule.shares)) > 1
     objective = ranks.parallel(objective, rare, objective.bfloat16)
     metrics = log.Log(cfg, ranks, job.step, job.facts, job.writer)
     stream = batches.micro_batches(job.dataset, cfg, job.step, job.parts, ranks.device, model.condition)

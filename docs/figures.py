@@ -36,20 +36,6 @@ from studies.tables import lines
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def plot(path: Path, curves: list[tuple], size: tuple = (8, 5), **axes) -> None:
-    """curves: (x, y, matplotlib's keywords) of each."""
-    plt = pictures.pyplot()
-    figure, axis = plt.subplots(figsize=size, layout="constrained")
-    for x, y, style in curves:
-        axis.plot(x, y, **style)
-    axis.set(**axes)
-    axis.grid(which="both", alpha=0.3)
-    pictures.plain_ticks(axis)
-    axis.legend()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
 def command(*words) -> None:
     """Runs a program of the project. Raises UserError with its last line when it fails."""
     done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, stderr=subprocess.PIPE, text=True,
@@ -140,7 +126,7 @@ def draw_mask_cost(path: Path) -> None:
     curves = [([float(t) for t in row["errors"]], [100 * error for error in row["errors"].values()],
                dict(label=f"{row['data']}, {'causal mask' if row['causal'] else 'no mask'}", marker=".",
                     color=f"C{names.index(row['data'])}", linestyle="-" if row["causal"] else ":")) for row in rows]
-    plot(path, curves, (7, 4), xlabel="start time T of the fine band", ylabel="error of the covariance, %",
+    pictures.plot(path, curves, (7, 4), xlabel="start time T of the fine band", ylabel="error of the covariance, %",
          ylim=(0, None))
 
 
@@ -153,7 +139,7 @@ def draw_study(path: Path) -> None:
         style = dict(label=f"{solver}, {precision}", marker="o", color=f"C{names.index(solver)}",
                      linestyle="-" if precision == "float32" else ":")
         curves.append(([row["seconds_per_image"] for row in line], [row["distance"] for row in line], style))
-    plot(path, curves, xscale="log", yscale="log", xlabel="seconds per image", ylabel=rows[0]["distance_name"])
+    pictures.plot(path, curves, xscale="log", yscale="log", xlabel="seconds per image", ylabel=rows[0]["distance_name"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ the steps are fixed, and to its tolerance with dopri5, which sees the fine bands
 """
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +27,13 @@ from data.conditions import choose
 from pyramid import decompose
 from run import gallery, graphs, load, log, pictures, solver
 from run.load import Run
+from schedule import Schedule
+
+
+def later(schedule: Schedule, first: int, given: Sequence = ()) -> SimpleNamespace:
+    """The segments from `first` on, for `sample.solve`. Bands 0..first-1 stand at T_first as `given`, or stay out."""
+    return SimpleNamespace(num_scales=schedule.num_scales - first, segments=schedule.segments[first:],
+                           enter=lambda j, bands, x0: schedule.enter(j + first, bands or list(given), x0))
 
 
 def draw_bands(run: Run, noise: list[Tensor], y: Tensor | None, cfg_scale: float = 1.0,
@@ -38,14 +45,12 @@ def draw_bands(run: Run, noise: list[Tensor], y: Tensor | None, cfg_scale: float
     where training saw them."""
     model, y = sample.Guided(run.model, cfg_scale, interval, precision), None if y is None else y.to(run.device)
     schedule, first, count = run.schedule, len(known), len(noise[0])
-    finer = SimpleNamespace(num_scales=schedule.num_scales - first, segments=schedule.segments[first:],
-                            enter=lambda j, bands, x0: schedule.enter(j + first, bands, x0))
 
     def velocity(bands, t):
         imposed, _ = schedule.interpolate(known, noise[:first], t.float().expand(count))
         return model(imposed + bands, t.expand(count), y)[first:]
 
-    fine, nfe = sample.solve(velocity, noise[first:], finer, jumps=model.jumps(y), **solver)
+    fine, nfe = sample.solve(velocity, noise[first:], later(schedule, first), jumps=model.jumps(y), **solver)
     return [*known, *fine], nfe
 
 

@@ -57,6 +57,20 @@ def plain_ticks(axis) -> None:
         side.set_minor_formatter(NullFormatter() if high >= 10 * low else plain)
 
 
+def plot(path: Path, curves: list[tuple], size: tuple = (8, 5), **axes) -> None:
+    """curves: (x, y, matplotlib's keywords) of each; axes: what is set of the axis, labels and scales."""
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    for x, y, style in curves:
+        axis.plot(x, y, **style)
+    axis.set(**axes)
+    axis.grid(which="both", alpha=0.3)
+    plain_ticks(axis)
+    axis.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def draw_images(path: Path, rows: list, labels: list, columns: list | None = None, names: list | None = None) -> None:
     """A table of small images, enlarged to the size of the largest. rows: lists of uint8 (H, W, C), or of text for an
     empty cell; labels above each cell, titles of the columns and names of the rows."""
@@ -144,18 +158,12 @@ def draw_trajectory(path: Path, run: object, states: list, columns: int = 9) -> 
 def draw_loss(out: Path, path: Path | None = None) -> None:
     """The loss of every band, from OUT/metrics.jsonl: OUT/loss.png, or another path."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    if not lines:
-        return
-    plt = pyplot()
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    bands = len(lines[0]["loss_bands"])
+    bands, curves = len(lines[0]["loss_bands"]) if lines else 0, []
     for i in range(bands):
         points = [(line["step"], line["loss_bands"][i]) for line in lines if line["loss_bands"][i] is not None]
         label = f"band {i}" + (f", {band_name(i, bands)}" if bands > 1 else "")
-        axis.plot(*zip(*points, strict=True), color=band_colour(i, bands), label=label)
-    axis.set(xlabel="step", ylabel="mean squared error of the velocity", yscale="log")
-    axis.grid(alpha=0.3, which="both")
-    plain_ticks(axis)
-    axis.legend()
-    figure.savefig(path or out / "loss.png", dpi=110)
-    plt.close(figure)
+        if points:
+            curves.append((*zip(*points, strict=True), dict(color=band_colour(i, bands), label=label)))
+    if curves:
+        plot(path or out / "loss.png", curves, (7, 4), xlabel="step", ylabel="mean squared error of the velocity",
+             yscale="log")

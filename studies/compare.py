@@ -264,8 +264,7 @@ def table(runs_of: dict, paper_fid: dict, times: dict) -> str:
 def draw_curves(path: Path, runs_of: dict, lines: list[dict]) -> None:
     """Distance against training FLOPs: along the run of the first seed; where a classifier judges, over all lines of
     a system, runs of several lengths, the mean of their seeds."""
-    judged, plt = any("frechet" in line for line in lines), pictures.pyplot()
-    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    judged, curves = any("frechet" in line for line in lines), []
     for name, runs in runs_of.items():
         points = []
         if judged and runs:
@@ -279,13 +278,9 @@ def draw_curves(path: Path, runs_of: dict, lines: list[dict]) -> None:
             points = [(step * each, distance) for step, distance in line["curve"]]
             points.append((line["training_flops"], line["frechet_pixel"]))
         if points:
-            axis.plot(*zip(*points, strict=True), marker="o", label=name)
-    axis.set(xscale="log", yscale="log", xlabel="training FLOPs",
-             ylabel="Frechet distance, classifier" if judged else "Frechet distance, pixels in [0, 1]")
-    axis.grid(which="both", alpha=0.3)
-    axis.legend()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+            curves.append((*zip(*points, strict=True), dict(marker="o", label=name)))
+    pictures.plot(path, curves, xscale="log", yscale="log", xlabel="training FLOPs",
+                  ylabel="Frechet distance, classifier" if judged else "Frechet distance, pixels in [0, 1]")
 
 
 def draw_samples(path: Path, planned: list[tuple[str, Config]], device: str | None) -> None:

@@ -10,7 +10,6 @@ these data, its agreement with the label, and the variance inside a class over t
 
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ import sample
 from config import UserError
 from data import batches
 from data.batches import ImageRandom
+from extras.causal import later
 from pyramid import decompose
 from run import load, log
 from run.load import Run
@@ -34,17 +34,16 @@ BANDS = 3                                                   # in which the varia
 COLUMNS = {"frechet": 2, "label_agreement": 3, "recall": 3, "class_variance": 3, "band_variance": 3}
 
 
-def real_until(run: Run, j: int, x1: Tensor, y: Tensor, seed: int = 0, **solver) -> Tensor:
+def real_until(run: Run, j: int, x1: Tensor, y: Tensor, seed: int = 0, cfg_scale: float = 1.0,
+               interval: tuple[float, float] = (0.0, 1.0), precision: str = "float32", **solver) -> Tensor:
     """Images (B, C, H, W) whose bands 0..j-1 are those of x1 (B, C, H, W) at T_j, with noise of their own; after it the
     network moves them, and the finer bands join as always."""
-    schedule = run.schedule
+    schedule, model = run.schedule, sample.Guided(run.model, cfg_scale, interval, precision)
     noise = schedule.draw_noise(ImageRandom(seed, range(len(x1)), run.device), run.shape)
     now = torch.full((len(x1),), schedule.starts[j], device=run.device)
     given, _ = schedule.interpolate(schedule.split(x1)[:j], noise[:j], now)
-    later = SimpleNamespace(num_scales=schedule.num_scales - j, segments=schedule.segments[j:],
-                            enter=lambda i, bands, x0: schedule.enter(i + j, bands or given, x0))
-    with torch.no_grad():
-        bands, _ = sample.solve(lambda bands, t: run.model(bands, t.expand(len(x1)), y), noise[j:], later, **solver)
+    bands, _ = sample.solve(lambda bands, t: model(bands, t.expand(len(x1)), y), noise[j:],
+                            later(schedule, j, given), jumps=model.jumps(y), **solver)
     return schedule.image(bands)
 
 
@@ -52,13 +51,10 @@ def scores(real: tuple, images: np.ndarray, labels: np.ndarray, judge: Classifie
     """The columns; real: images uint8 (N, H, W, C) and their labels."""
     bands, real_bands = ([band.flatten(1).numpy() for band in decompose(
         torch.from_numpy(side).permute(0, 3, 1, 2).float(), BANDS)] for side in (images, real[0]))
-    fake, true = judge(images), judge(real[0])
-    return {"frechet": fid.frechet_distance(*fid.statistics(fake), *fid.statistics(true)),
-            "label_agreement": float((judge.classify(fake) == labels).mean()),
-            "recall": fid.recall(real=true, fake=fake),
-            **class_variance(true, real[1], fake, labels),
-            "band_variance": [class_variance(a, real[1], b, labels)["class_variance"]
-                              for a, b in zip(real_bands, bands, strict=True)]}
+    band_variance = [class_variance(a, real[1], b, labels)["class_variance"]
+                     for a, b in zip(real_bands, bands, strict=True)]
+    judged = fid.judge(judge, *real, images, labels) | {"band_variance": band_variance}
+    return {name: judged[name] for name in COLUMNS}
 
 
 def measured(run: Run, num: int, batch: int = 200) -> Iterator[tuple[str, dict]]:
@@ -75,9 +71,8 @@ def measured(run: Run, num: int, batch: int = 200) -> Iterator[tuple[str, dict]]
     starts = ", ".join(f"{start:.3g}" for start in run.cfg.starts[1:])
     drawn, _ = sample.generate(run, num, y.cpu(), batch=batch, **settings)
     yield run.cfg.method + f", starts {starts}" * ours, scores(real, drawn, labels, judge)
-    solver = {key: settings[key] for key in ("solver", "rtol", "atol", "steps", "norm") if key in settings}
     for j in range(1, run.cfg.num_scales if ours else 1):
-        parts = [run.decode(real_until(run, j, x1[i : i + batch], y[i : i + batch], seed=i, **solver))
+        parts = [run.decode(real_until(run, j, x1[i : i + batch], y[i : i + batch], seed=i, **settings))
                  for i in tqdm(range(0, num, batch), desc="sampling", leave=False)]
         yield f"... real until {run.cfg.starts[j]:.3g}", scores(real, np.concatenate(parts), labels, judge)
 
