@@ -105,7 +105,8 @@ def draw_upsampled(path: Path, run: load.Run, number: int = 15) -> None:
 
 def draw_systems(path: Path, folder: Path) -> None:
     """A row of samples for each system of studies.compare. Raises UserError when its runs are not there."""
-    args = Namespace(dataset="digits", data=None, ablation=None, only=None, seeds=1, steps=None, size=None, out=folder)
+    only = ["LapFlow", "LFM", "Pyramidal Flow", "PixelFlow", "EdifyImage", "DFM", "LapFlow, as in the paper"]
+    args = Namespace(dataset="fashion", data=None, ablation=None, only=only, seeds=1, steps=2358, size=None, out=folder)
     with contextlib.redirect_stdout(io.StringIO()):
         planned = compare.plan_runs(args)
     missing = [name for name, cfg in planned if not any(Path(cfg.out).glob("step-*.pt"))]
@@ -127,7 +128,7 @@ def draw_mask_cost(path: Path) -> None:
                dict(label=f"{row['data']}, {'causal mask' if row['causal'] else 'no mask'}", marker=".",
                     color=f"C{names.index(row['data'])}", linestyle="-" if row["causal"] else ":")) for row in rows]
     pictures.plot(path, curves, (7, 4), xlabel="start time T of the fine band", ylabel="error of the covariance, %",
-         ylim=(0, None))
+                  ylim=(0, None))
 
 
 def draw_study(path: Path) -> None:
