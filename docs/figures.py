@@ -111,8 +111,8 @@ def draw_systems(path: Path, folder: Path) -> None:
         planned = compare.plan_runs(args)
     missing = [name for name, cfg in planned if not any(Path(cfg.out).glob("step-*.pt"))]
     if missing:
-        raise UserError(f"{path.name} stays as it is: {folder} lacks {len(missing)} of the {len(planned)} runs, an "
-                        "hour of python -m studies.compare")
+        raise UserError(f"{path.name} stays as it is: {folder} lacks {len(missing)} of the {len(planned)} runs, "
+                        "hours of python -m studies.compare --dataset fashion --steps 2358")
     compare.draw_samples(path, planned, "cpu")
 
 
