@@ -156,7 +156,6 @@ def commands_of(page: str) -> list[str]:
     lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if line.startswith("python ") and "DIR" not in line.split()      # the reader's data
             and "studies.compare" not in line               # many trainings: tests/test_compare.py runs it
-            and "studies.bench" not in line                 # minutes of timing: tests/test_bench.py runs it
             and "extras.demo" not in line]                  # a server, until it is stopped: slow/test_demo_page.py
 
 
@@ -186,13 +185,15 @@ def test_every_command_of_the_pages_runs(program, tmp_path, monkeypatch):
     pages = {page: commands_of(page) for page in ("README.md", "docs/scores.md", "docs/paper.md", "docs/results.md")}
     assert {"python train.py", "python sample.py", "python fid.py", "python -m studies.plan"} <= {
         command for commands in pages.values() for command in commands}
+    few = {"train.py": [*QUICK, "--num-samples", "40"],
+           "studies.bench": ["--sides", "16", "--rounds", "1"]}
     for commands in pages.values():
         for checkpoint in (tmp_path / "out" / "digits").glob("step-*.pt"):
             checkpoint.touch()
         for command in commands:
             name, *arguments = [word for word in shlex.split(command)[1:] if word != "-m"]
-            if name == "train.py" and "--dry-run" not in arguments:
-                arguments += [*QUICK, "--num-samples", "40"]
+            if "--dry-run" not in arguments:
+                arguments += few.get(name, [])
             if "--dataset fashion" in command:
                 arguments += ["--data", "clothes"]
             if "docs/models/fashion" in command:

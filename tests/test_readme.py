@@ -1,10 +1,12 @@
 """README.md and docs/ tell the truth: listings are the code, names exist, commands work, forks are complete."""
 
 import json
+import math
 import re
 import runpy
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 import warnings
@@ -20,6 +22,7 @@ from config import UserError
 from conftest import ROOT
 from run import load, memory, paper
 from scores import table
+from studies import compare, tables
 
 PAGES = {name: (ROOT / name).read_text() for name in (
     "README.md", "docs/results.md", "docs/paper.md", "docs/scores.md", "CONTRIBUTING.md")}
@@ -116,6 +119,23 @@ def test_what_the_text_says_of_the_garments_is_on_the_card_of_their_weights():
                            for name in ("FRECHET-1k", "label_agreement"))
     text = "of 1,000 images FD {:.2f} in the classifier's features (real ones {:.2f}) and agreement {:.3f} ({:.3f})"
     assert text.format(*distance, *agreement) in PAGES["docs/results.md"].replace("\n", " ")
+
+
+def test_the_standard_errors_between_systems_are_those_of_the_results():
+    wanted = {name: compare.FASHION[name] for name in ("LapFlow", "LFM", "Pyramidal Flow")}
+    runs, _ = tables.of_one_length("fashion", wanted)
+
+    def apart(name, key):
+        ours, theirs = ([row[key] for row in runs[system]] for system in ("LapFlow", name))
+        error = math.sqrt(sum(statistics.variance(values) / len(values) for values in (ours, theirs)))
+        return f"{abs(statistics.mean(ours) - statistics.mean(theirs)) / error:.1f}"
+
+    lfm, pyramidal = ([apart(name, key) for key in ("frechet", "frechet_efficientnet")]
+                      for name in ("LFM", "Pyramidal Flow"))
+    text = PAGES["docs/results.md"].replace("\n", " ")
+    assert f"{lfm[0]} standard errors ahead of LFM's" in README
+    assert f"by {lfm[0]} standard errors in the classifier's FD and by {lfm[1]} in EfficientNet's" in text
+    assert f"level in both ({pyramidal[0]} and {pyramidal[1]} standard errors)" in text
 
 
 def test_every_score_is_explained():

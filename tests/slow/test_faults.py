@@ -44,7 +44,7 @@ from run.ranks import StopSignals
 # ---------------------------------------------------------------------------------------------------------------------
 # kills and signals
 
-TRIES = int(os.environ.get("LAPFLOW_TRIES", 3))             # 50 by hand, before a change of checkpoints is shared
+TRIES = int(os.environ.get("LAPFLOW_TRIES", 5))             # 50 by hand, before a change of checkpoints is shared
 
 
 def newest(cfg: Config) -> int:
