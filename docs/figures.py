@@ -106,7 +106,8 @@ def draw_upsampled(path: Path, run: load.Run, number: int = 15) -> None:
 def draw_systems(path: Path, folder: Path) -> None:
     """A row of samples for each system of studies.compare. Raises UserError when its runs are not there."""
     only = ["LapFlow", "LFM", "Pyramidal Flow", "PixelFlow", "EdifyImage", "DFM", "LapFlow, as in the paper"]
-    args = Namespace(dataset="fashion", data=None, ablation=None, only=only, seeds=1, steps=2358, size=None, out=folder)
+    args = Namespace(dataset="fashion", data=None, ablation=None, only=only, seeds=1, steps=2358, size=None, res=None,
+                     out=folder)
     with contextlib.redirect_stdout(io.StringIO()):
         planned = compare.plan_runs(args)
     missing = [name for name, cfg in planned if not any(Path(cfg.out).glob("step-*.pt"))]

@@ -57,6 +57,7 @@ PRESETS = {
                                precision="bfloat16", compile=True, num_samples=2000)),
     "folder": Preset(dict(_OURS, dataset="folder", res=64, size="192,6,3,4", batch=32, steps=20000, lr=1e-3,
                           lr_end=1e-5, ema=0.999, num_samples=64, save_every=1000)),
+    "folder-32": Preset(dict(_OURS, dataset="folder", res=32, size="96,4,3,4", steps=4700, lr=2e-2, num_samples=1500)),
     # Table 1 and appendix G
     "celebahq-256": _256,
     "celebahq-512": _512,

@@ -2,6 +2,7 @@
 
     python -m studies.compare --dataset digits --seeds 3         all systems: a table, samples, distance against FLOPs
     python -m studies.compare --dataset fashion                  the same on Fashion-MNIST, judged by its classifier
+    python -m studies.compare --dataset folder --data DIR --res 32          on your own images
     python -m studies.compare --ablation mask --steps 500        one table of the paper, its FID beside our distance
     python -m studies.compare --jobs 2                           two runs at a time, with half of the cores each
 
@@ -44,7 +45,7 @@ SYSTEMS = {"LapFlow": {}, "LFM": {"method": "lfm"}, "Pyramidal Flow": {"method":
            "Pyramidal Flow, zero overlap": {"method": "pyramidal-zero-overlap"}, "PixelFlow": {"method": "pixelflow"},
            "EdifyImage": {"method": "edify"}, "EdifyImage, plain weights": {"method": "edify-plain"},
            "DFM": {"method": "dfm"}}
-FASHION = {                                                 # learning rate and options: chosen on seed 100 (LOG.md)
+IMAGES = {                                                  # rate and options: chosen on Fashion-MNIST, LOG.md
     **SYSTEMS, "LapFlow, shared weights": {"experts": "none"},                  # as many parameters as LFM
     "LapFlow, two scales": {"num_scales": 2},
     "Pyramidal Flow, stages 2:2:1": {"method": "pyramidal", "stage_weights": (2.0, 2.0, 1.0)},
@@ -71,7 +72,11 @@ COLUMNS = {"frechet_pixel": ("FD", 3), "frechet": ("FD, classifier", 2),
 
 def systems(dataset: str) -> dict[str, dict]:
     """name -> settings of what is compared on a data set."""
-    return FASHION if dataset == "fashion" else SYSTEMS
+    return SYSTEMS if dataset == "digits" else IMAGES
+
+
+def set_name(args: argparse.Namespace) -> str:
+    return Path(args.data).name if args.dataset == "folder" else args.dataset
 
 
 def variants(args: argparse.Namespace) -> dict:
@@ -86,32 +91,27 @@ def variants(args: argparse.Namespace) -> dict:
 # which runs, at equal FLOPs
 
 
-@cache
-def data_facts(dataset: str) -> dict:
-    return memory.quick_facts(paper.resolve({"dataset": dataset}))
-
-
 def plan_runs(args: argparse.Namespace) -> list[tuple[str, Config]]:
     """The runs of a comparison: (name, configuration), seed by seed. LapFlow, the first variant, sets the FLOPs."""
     out, given = Path(args.out), {"dataset": args.dataset}
-    given |= {name: getattr(args, name) for name in ("data", "steps", "size") if getattr(args, name)}
-    runs, budget = [], None
+    given |= {name: getattr(args, name) for name in ("data", "res", "steps", "size") if getattr(args, name)}
+    runs, budget, facts = [], None, memory.quick_facts(paper.resolve(given))
     for name, (settings, _) in variants(args).items():
         more = dict(settings)
         if more.get("method") == "lfm":
             more["num_scales"] = 1
         cfg = paper.resolve({**given, **more, "out": "-"})
-        flops = memory.step_flops(cfg, data_facts(args.dataset))
+        flops = memory.step_flops(cfg, facts)
         if budget is None:
             budget, budget_steps = cfg.steps * flops, cfg.steps
         steps = max(1, round(budget / flops))
         print(f"{name:30s} {steps:6d} steps x {flops:.3e} = {steps * flops:.3e} training FLOPs")
         for seed in range(args.seeds):
-            folder = "-".join(map(str, [cfg.dataset, budget_steps, *sum(sorted(settings.items()), ()), seed]))
+            folder = "-".join(map(str, [set_name(args), budget_steps, *sum(sorted(settings.items()), ()), seed]))
             folder = "".join(c if c.isalnum() or c in "-._" else "_" for c in folder)
             runs.append((name, dataclasses.replace(
                 cfg, steps=steps, seed=seed, out=str(out / folder), save_every=max(1, steps // 4),
-                eval_every=0 if seed or args.ablation or args.dataset == "fashion" else max(1, steps // 5))))
+                eval_every=0 if seed or args.ablation or args.dataset != "digits" else max(1, steps // 5))))
     return sorted(runs, key=lambda run: run[1].seed)
 
 
@@ -141,7 +141,7 @@ def train_one(name: str, cfg: Config, args: argparse.Namespace, commit: str, chi
     folder, report = Path(cfg.out), Path(cfg.out + ".log")
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     with open(report, "w") as file:
-        few = dataclasses.replace(cfg, num_samples=64) if cfg.dataset == "fashion" else cfg     # see judged
+        few = cfg if cfg.dataset == "digits" else dataclasses.replace(cfg, num_samples=64)      # see judged
         child = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *command_of(few, args.device)], stdout=file,
                                  stderr=file, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
     children.append(child)
@@ -149,9 +149,9 @@ def train_one(name: str, cfg: Config, args: argparse.Namespace, commit: str, chi
         last = (report.read_text().splitlines() or [""])[-1]
         raise UserError(f"the run {cfg.out} did not finish, see {report}: {last}")
     scores = json.loads((folder / "scores.json").read_text())
-    if cfg.dataset == "fashion":
+    if cfg.dataset != "digits":
         scores = judged(cfg, args.device, scores)
-    facts = data_facts(args.dataset)
+    facts = memory.quick_facts(cfg)
     model = memory.meta_model(cfg, facts)
     flops = memory.forward_flops(model)
     sampling = sum(calls * count for calls, count in zip(scores["nfe_segments"], flops, strict=True))
@@ -167,8 +167,8 @@ def train_one(name: str, cfg: Config, args: argparse.Namespace, commit: str, chi
 
 
 def judged(cfg: Config, device: str | None, scores: dict) -> dict:
-    """The scores of a run on Fashion-MNIST: in pixels, in the features of its classifier, and of EfficientNet where it
-    is installed."""
+    """The scores of a run on larger images: in pixels, in the features of a classifier where they have classes, and of
+    EfficientNet where it is installed."""
     run = load.load_run(cfg.out, device=device)
     images, y, report = train.draw(run, cfg.num_samples, progress=False)
     dataset = batches.load(cfg)
@@ -177,8 +177,10 @@ def judged(cfg: Config, device: str | None, scores: dict) -> dict:
         judged = fid.evaluate(dataset, images, y, run.decode, remembering("efficientnet"))
         for side, values in ((scores, judged), (scores["real"], judged["real"])):
             side |= {f"{name}_efficientnet": values[name] for name in ("frechet", "kid", "precision", "recall")}
-    judged = fid.evaluate(dataset, images, y, run.decode, load_classifier(dataset, run.decode, run.device))
-    return scores | judged | {"real": scores["real"] | judged["real"]}
+    if dataset.classes:
+        judged = fid.evaluate(dataset, images, y, run.decode, load_classifier(dataset, run.decode, run.device))
+        scores |= judged | {"real": scores["real"] | judged["real"]}
+    return scores
 
 
 @cache
@@ -312,7 +314,7 @@ def gathered(lines: list[dict], wanted: dict) -> tuple[dict, dict]:
 
 def report(planned: list[tuple[str, Config]], args: argparse.Namespace) -> None:
     """Writes and prints the table of the finished runs, and the pictures."""
-    out, lines, name = Path(args.out), checkpoint.read_lines([args.record]), args.ablation or args.dataset
+    out, lines, name = Path(args.out), checkpoint.read_lines([args.record]), args.ablation or set_name(args)
     done = {variant: [] for variant in variants(args)}
     for variant, cfg in planned:
         done[variant] += [line for line in [finished(lines, cfg, "run")] if line]
@@ -329,8 +331,9 @@ def report(planned: list[tuple[str, Config]], args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = config.parser(__doc__, "python -m studies.compare [--dataset NAME] [--ablation NAME] [--seeds N]")
-    parser.add_argument("--dataset", choices=("digits", "fashion"), default="digits", help="[digits]")
-    parser.add_argument("--data", help="folder of Fashion-MNIST's files, or hf:OWNER/NAME [that of Debian]")
+    parser.add_argument("--dataset", choices=("digits", "fashion", "folder"), default="digits", help="[digits]")
+    parser.add_argument("--data", help="the images; of Fashion-MNIST [the folder of Debian]")
+    parser.add_argument("--res", type=int, help="height and width of the images of a folder [that of the preset]")
     parser.add_argument("--ablation", choices=ABLATIONS, help="a table of the paper [the systems]")
     parser.add_argument("--only", nargs="+", metavar="SYSTEM", help="some of the systems, LapFlow first [all]")
     parser.add_argument("--seeds", type=int, default=3, help="training seeds 0, 1, ... [3]")
@@ -343,6 +346,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.seeds < 1 or args.jobs < 1 or (args.steps is not None and args.steps < 1):
         raise UserError("--seeds, --steps and --jobs must be at least 1")
+    if args.dataset == "folder" and not args.data:
+        raise UserError("--dataset folder needs --data DIR")
     if args.only and (args.only[0] != "LapFlow" or not set(args.only) <= set(systems(args.dataset))):
         raise UserError(f"--only takes LapFlow, whose FLOPs all get, then some of {list(systems(args.dataset))[1:]}")
     args.record = Path(args.record or Path(args.out) / "results.jsonl")

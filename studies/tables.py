@@ -39,7 +39,7 @@ def of_one_length(name: str, wanted: dict) -> tuple[dict, dict]:
 def garments() -> str:
     """Fashion-MNIST: LapFlow, the systems of the paper nearest to it, and real images, one row for each score."""
     names = ("LapFlow", "LFM", "Pyramidal Flow")
-    runs, _ = of_one_length("fashion", {name: compare.FASHION[name] for name in names})
+    runs, _ = of_one_length("fashion", {name: compare.IMAGES[name] for name in names})
     if not all(runs.values()):
         return "not measured yet"
     first, every = runs["LapFlow"][0], sum(runs.values(), [])
@@ -57,7 +57,7 @@ def garments() -> str:
 
 def systems(name: str) -> str:
     """The systems side by side on one data set."""
-    runs, times = of_one_length(name, compare.systems("digits" if name == "compare" else "fashion"))
+    runs, times = of_one_length(name, compare.systems("digits" if name == "compare" else name))
     if not any(runs.values()):
         return "not measured yet"
     return compare.table(runs, {}, times)

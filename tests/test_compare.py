@@ -1,6 +1,7 @@
 """studies.compare: equal training FLOPs, commands that repeat a run, tables from lines, and nothing is run twice."""
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import shlex
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import config
 from config import Config, UserError
@@ -20,7 +22,7 @@ from studies import compare, tables
 
 def arguments(tmp_path, **given):
     return SimpleNamespace(**{**dict(dataset="digits", data=None, ablation=None, seeds=2, steps=None, size=None, jobs=1,
-                                     device=None, out=str(tmp_path), only=None), **given})
+                                     device=None, out=str(tmp_path), only=None, res=None), **given})
 
 
 @pytest.fixture(autouse=True)
@@ -40,9 +42,9 @@ def test_equal_flops_and_commands_that_make_the_same_run(given, tmp_path):
     names = list(compare.variants(args))
     assert len(planned) == 2 * len(names) and planned[0][0] == names[0]
     assert len({cfg.out for _, cfg in planned}) == len(planned)
-    first, facts, flops = planned[0][1], compare.data_facts(args.dataset), {}
+    first, flops = planned[0][1], {}
     if args.ablation in (None, "scales"):                   # the others count in the same way
-        flops = {name: memory.step_flops(cfg, facts) for name, cfg in planned[: len(names)]}
+        flops = {name: memory.step_flops(cfg, memory.quick_facts(cfg)) for name, cfg in planned[: len(names)]}
     parser = argparse.ArgumentParser()
     config.add_config_flags(parser)
     for name, cfg in planned:
@@ -159,8 +161,8 @@ def test_the_table_of_garments_has_each_system_below_its_name_and_one_length(mon
     long = line(0, 0.1, **{**common, **ours, "training_flops": 4e13, "frechet": 9.0, "real": real})
     rows = [line(0, 0.1, **common, **ours, real=real),
             line(1, 0.1, **common, **{**ours, "frechet": 2.0}, real=real), long,
-            line(0, 0.1, settings=compare.FASHION["LFM"], **common, **lfm),
-            line(0, 0.1, settings=compare.FASHION["Pyramidal Flow"], **common, **pyramidal)]
+            line(0, 0.1, settings=compare.IMAGES["LFM"], **common, **lfm),
+            line(0, 0.1, settings=compare.IMAGES["Pyramidal Flow"], **common, **pyramidal)]
     monkeypatch.setattr(tables, "lines", lambda name: rows)
     text = tables.garments()
     assert text.splitlines()[0] == "| 2,000 images of 32 x 32 | LapFlow | LFM | Pyramidal Flow | real images |"
@@ -253,3 +255,21 @@ def test_fashion_is_judged_by_its_classifier(tmp_path, monkeypatch):
     for name in ("frechet_pixel", "frechet", "frechet_efficientnet"):          # real images are not the generated ones
         assert name not in both or both["real"][name] != both[name]
     assert torch.load(next((tmp_path / "judges").glob("*.pt")), weights_only=True)
+
+
+@pytest.mark.slow
+def test_a_folder_is_compared_under_its_name_and_judged_without_classes_too(tmp_path, monkeypatch, give_up):
+    import train
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "roses").mkdir()
+    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (280, 16, 16, 3), np.uint8)):
+        Image.fromarray(pixels).save(tmp_path / "roses" / f"{i}.png")
+    args = arguments(tmp_path, dataset="folder", data=str(tmp_path / "roses"), res=16, steps=2, size="32,1,2,4")
+    name, cfg = compare.plan_runs(args)[0]
+    assert name == "LapFlow" and cfg.out.endswith("/roses-2-0") and (cfg.res, cfg.data) == (16, args.data)
+    cfg = dataclasses.replace(cfg, batch=8, num_samples=130, solver="euler", solver_steps=2)
+    train.train(cfg, device="cpu")
+    judged = compare.judged(cfg, "cpu", {})
+    assert judged["frechet_pixel"] > 0 and not {"frechet", "label_agreement"} & set(judged)
+    assert "needs --data DIR" in give_up("studies.compare", "--dataset", "folder")

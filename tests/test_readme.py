@@ -122,7 +122,7 @@ def test_what_the_text_says_of_the_garments_is_on_the_card_of_their_weights():
 
 
 def test_the_standard_errors_between_systems_are_those_of_the_results():
-    wanted = {name: compare.FASHION[name] for name in ("LapFlow", "LFM", "Pyramidal Flow")}
+    wanted = {name: compare.IMAGES[name] for name in ("LapFlow", "LFM", "Pyramidal Flow")}
     runs, _ = tables.of_one_length("fashion", wanted)
 
     def apart(name, key):
