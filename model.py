@@ -81,8 +81,8 @@ def attention(q: list[Tensor], k: list[Tensor], v: list[Tensor], mask: str, num_
     causal: band i reads bands 0..i.   none: every band reads all.   self: band i reads itself and the num_cond
     condition tokens at the front of band 0; these read only each other, so that nothing crosses bands.
     """
-    if mask == "causal":
-        return [F.scaled_dot_product_attention(q[i], torch.cat(k[: i + 1], dim=2), torch.cat(v[: i + 1], dim=2))
+    if mask == "causal":                                    # torch.cat copies even one tensor
+        return [F.scaled_dot_product_attention(q[i], *(torch.cat(x[: i + 1], dim=2) if i else x[0] for x in (k, v)))
                 for i in range(len(q))]
     if mask == "none":
         out = F.scaled_dot_product_attention(*(torch.cat(x, dim=2) for x in (q, k, v)))

@@ -64,6 +64,13 @@ ABLATIONS = {
     "times": {"[T_s, 1]": ({}, 3.53), "[T_s, T_(s+1)]": ({"full_range": False}, None)},
     "condition-tokens": {"on": ({}, None), "off": ({"condition_tokens": False}, None)},
 }
+IMAGE_ABLATIONS = {                                         # on larger images, of presets with three scales
+    **{name: ABLATIONS[name] for name in ("mask", "experts", "path")},
+    "scales": {"3": ({}, 3.59), "1 (LFM)": ({"method": "lfm"}, 5.26), "2": ({"num_scales": 2}, 3.53),
+               "4": ({"num_scales": 4}, 5.12)},
+    "starts": {"0.5, 0.8": ({}, None), "0.33, 0.67": ({"starts": (0.0, 1 / 3, 2 / 3)}, None),
+               "0.2, 0.4": ({"starts": (0.0, 0.2, 0.4)}, None), "0.7, 0.9": ({"starts": (0.0, 0.7, 0.9)}, None)},
+}
 COLUMNS = {"frechet_pixel": ("FD", 3), "frechet": ("FD, classifier", 2),
            "frechet_efficientnet": ("FD, EfficientNet", 1), "precision": ("precision", 3), "recall": ("recall", 3),
            "class_variance": ("class variance", 3), "label_agreement": ("agreement", 3), "novelty": ("novelty", 2),
@@ -82,7 +89,10 @@ def set_name(args: argparse.Namespace) -> str:
 def variants(args: argparse.Namespace) -> dict:
     """name -> (settings, the paper's FID or None)."""
     if args.ablation:
-        return ABLATIONS[args.ablation]
+        tables = ABLATIONS if args.dataset == "digits" else IMAGE_ABLATIONS
+        if args.ablation not in tables:
+            raise UserError(f"--ablation on larger images is one of {', '.join(tables)}, not {args.ablation}")
+        return tables[args.ablation]
     chosen = {name: (given, None) for name, given in systems(args.dataset).items()}
     return {name: chosen[name] for name in args.only} if args.only else chosen
 

@@ -397,7 +397,7 @@ FIRST = ("LapFlow", "LFM", "Pyramidal Flow")                # before the others
 def quality(job: Job) -> None:
     """The systems on Fashion-MNIST, seed by seed, FIRST before the others: a line of quality.jsonl for each run, the
     table and the pictures of the runs so far."""
-    args = Namespace(dataset="fashion", data=job.data, ablation=None, only=None, seeds=3, steps=3000, jobs=3,
+    args = Namespace(dataset="fashion", data=job.data, res=None, ablation=None, only=None, seeds=3, steps=3000, jobs=3,
                      size="128,6,4,2", out=str(job.folder), record=job.out / "quality.jsonl", device=None)
     changes = {"lr": 2e-3, "batch": 256, "precision": "bfloat16", "eval_every": 0}
     if job.dry:                                             # its lines are not kept

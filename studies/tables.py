@@ -27,9 +27,10 @@ def lines(name: str) -> list[dict]:
     return checkpoint.read_lines([file] if file.exists() else [])
 
 
-def of_one_length(name: str, wanted: dict) -> tuple[dict, dict]:
+def of_one_length(name: str, wanted: dict, dataset: str = "") -> tuple[dict, dict]:
     """Runs and times by name, as compare.gathered; of the training FLOPs that most runs have, the most among equals."""
-    rows = [row for row in lines(name) if row["settings"] in json.loads(json.dumps(list(wanted.values())))]
+    known = json.loads(json.dumps(list(wanted.values())))
+    rows = [row for row in lines(name) if row["settings"] in known and dataset in ("", row["config"]["dataset"])]
     lengths = Counter(f"{row['training_flops']:.1e}" for row in rows if row["what"] == "run")
     most = max(lengths, key=lambda flops: (lengths[flops], float(flops)), default="")
     return compare.gathered([row for row in rows if f"{row.get('training_flops', 0):.1e}" == most
@@ -63,22 +64,29 @@ def systems(name: str) -> str:
     return compare.table(runs, {}, times)
 
 
-def ablations() -> str:
-    """The ablations on the digits, the paper's FID beside our distance."""
-    rows, table = [row for row in lines("ablations") if row["config"]["dataset"] == "digits"], []
-    for ablation, variants in compare.ABLATIONS.items():
-        runs, _ = compare.gathered(rows, {name: settings for name, (settings, _) in variants.items()})
-        paper_fid = {name: fid for name, (_, fid) in variants.items()}
-        for name, group in runs.items():
-            if group:
-                scores = [spread([row[key] for row in group], places) for key, places in (
-                    ("frechet_pixel", 3), ("class_variance", 3), ("nfe", 0))]
-                table.append([ablation, name, *scores, f"{group[0]['parameters'] / 1e6:.2f}", paper_fid[name] or ""])
-    head = ["ablation", "", "FD", "class variance", "NFE", "parameters, M", "paper: FID"]
-    return (f"{markdown(head, table)}\n\nDigits, {rows[0]['training_flops']:.2e} training FLOPs each, "
-            f"{len({row['config']['seed'] for row in rows})} seeds (one where no spread is shown), mean ± standard "
-            f"deviation; {rows[0]['n']} images, {rows[0]['solver']} {rows[0]['rtol']}; "
-            f"{origin(rows, 'hardware', 'versions')}.")
+def ablations(name: str, dataset: str) -> str:
+    """The ablations on one data set, the paper's FID beside our scores."""
+    given, columns = compare.IMAGE_ABLATIONS, ("frechet", "frechet_efficientnet", "precision", "recall",
+                                               "class_variance", "label_agreement", "nfe")
+    if dataset == "digits":
+        given, columns = compare.ABLATIONS, ("frechet_pixel", "class_variance", "nfe")
+    groups, table = [], []
+    for ablation, variants in given.items():
+        settings = {variant: changes for variant, (changes, _) in variants.items()}
+        runs, _ = of_one_length(name, settings, dataset)
+        for variant, group in runs.items():
+            if group and sum(map(bool, runs.values())) > 1:
+                scores = [spread([row[key] for row in group], compare.COLUMNS[key][1]) for key in columns]
+                parameters, paper_fid = f"{group[0]['parameters'] / 1e6:.2f}", variants[variant][1]
+                table.append([ablation, variant, *scores, parameters, paper_fid or ""])
+                groups.append(group)
+    if not table:
+        return "not measured yet"
+    head = ["ablation", "", *(compare.COLUMNS[key][0] for key in columns), "parameters, M", "paper: FID"]
+    first, every = groups[0][0], sum(groups, [])
+    return (f"{markdown(head, table)}\n\n{first['training_flops']:.2e} training FLOPs each; {seeds(groups)}, mean ± "
+            f"standard deviation; {first['n']} images, {first['solver']} {first['rtol']}; "
+            f"{origin(every, 'hardware', 'versions')}.")
 
 
 def speed() -> str:
@@ -127,7 +135,9 @@ def gpu() -> str:
 
 
 TABLES = {"garments": garments, "presets": plan.presets, "speed": speed,
-          "systems": partial(systems, "compare"), "fashion": partial(systems, "fashion"), "ablations": ablations,
+          "systems": partial(systems, "compare"), "fashion": partial(systems, "fashion"),
+          "crops": partial(systems, "crops"), "ablations": partial(ablations, "ablations", "digits"),
+          "fashion-ablations": partial(ablations, "fashion", "fashion"),
           "gpu": gpu, "quality": partial(systems, "quality"), "variety": lambda: variety.table(lines("variety"))}
 
 

@@ -34,7 +34,7 @@ def few_clothes(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("given", [dict(), dict(dataset="fashion"), *(
+@pytest.mark.parametrize("given", [dict(), dict(dataset="fashion"), dict(dataset="fashion", ablation="scales"), *(
     dict(ablation=name, steps=500) for name in compare.ABLATIONS)], ids=str)
 def test_equal_flops_and_commands_that_make_the_same_run(given, tmp_path):
     args = arguments(tmp_path, **given)
@@ -73,6 +73,10 @@ def test_the_papers_numbers_are_those_of_the_presets():
                 assert PRESETS[f"celebahq-256-{preset}"].settings[name] == value
     for rows in compare.ABLATIONS.values():
         assert next(iter(rows.values()))[1] in (3.53, None)
+    for row, preset in (("2", "celebahq-256"), ("3", "celebahq-256-scales-3"), ("4", "celebahq-256-scales-4"),
+                        ("1 (LFM)", "celebahq-256-lfm")):
+        assert compare.IMAGE_ABLATIONS["scales"][row][1] == PRESETS[preset].paper["fid"]
+    assert all(next(iter(rows.values()))[0] == {} for rows in compare.IMAGE_ABLATIONS.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,10 +200,12 @@ def test_features_of_the_same_images_are_computed_once(monkeypatch):
 def test_the_table_of_ablations_has_each_score_below_its_name(monkeypatch):
     rows = [line(0, 0.123, class_variance=0.456), line(0, 0.234, class_variance=0.567, settings={"mask": "none"})]
     monkeypatch.setattr(tables, "lines", lambda name: rows)
-    text = tables.ablations().splitlines()
+    text = tables.ablations("ablations", "digits").splitlines()
     assert text[0] == "| ablation |  | FD | class variance | NFE | parameters, M | paper: FID |"
     assert text[2:4] == ["| mask | causal | 0.123 | 0.456 | 50 | 1.50 | 3.53 |",
                          "| mask | none | 0.234 | 0.567 | 50 | 1.50 | 3.91 |"]
+    assert len(text) == 6 and "1 training seed," in text[5]     # of an ablation with one row there is nothing to say
+    assert tables.ablations("ablations", "fashion") == "not measured yet"
 
 
 def test_what_the_tables_add_to_the_lines(monkeypatch):
@@ -214,6 +220,8 @@ def test_what_the_tables_add_to_the_lines(monkeypatch):
 
 def test_errors(give_up):
     assert "at least 1" in give_up("studies.compare", "--seeds", "0")
+    assert "is one of mask, experts, path, scales, starts, not noise" in give_up(
+        "studies.compare", "--dataset", "fashion", "--ablation", "noise")
 
 
 @pytest.mark.slow
