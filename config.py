@@ -127,6 +127,7 @@ class Config:
     atol: float = option(1e-3, "absolute tolerance of dopri5 (the paper: 1e-5)", free=True)
     solver_steps: int = option(0, "steps of the other solvers, over all segments together", free=True)
     cfg_scale: float = option(1.0, "guidance w in v_null + w (v_cond - v_null); 1 is none", free=True)
+    noise_scale: tuple[float, ...] = option((), "of each band while sampling, like 1,0.85,0.85 (default: 1)", free=True)
     # records
     num_samples: int = option(500, "images drawn and scored at the end of training", free=True)
     sample_every: int = option(0, "steps between grids of 16 samples (0: only at the end)", free=True)
@@ -171,6 +172,10 @@ class Config:
         if len(weights) != self.num_scales or not 0 < min(weights) <= max(weights) < math.inf:
             raise UserError(f"{self.num_scales} scales need {self.num_scales} stage weights, each above 0, not "
                             f"{','.join(map(str, weights))}")
+        if self.noise_scale and (len(self.noise_scale) != self.num_scales or not all(
+                0 <= scale < math.inf for scale in self.noise_scale)):
+            raise UserError(f"{self.num_scales} scales need {self.num_scales} noise scales, none below 0, not "
+                            f"{','.join(map(str, self.noise_scale))}")
         least = math.ceil(sum(weights) / min(weights))
         if self.stages == "stratified" and self.batch < least:
             raise UserError(f"stratified stages need a batch of at least {least} images, one for each stage, not "
@@ -289,6 +294,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vectors", metavar="FILE", help="conditions of a run on vectors, .npy (n, dim), in turn")
     parser.add_argument("--cfg", type=float, help="guidance scale w; 1 is none")
     parser.add_argument("--cfg-interval", type=numbers, metavar="T,T", help="times with guidance [0,1]")
+    parser.add_argument("--noise-scale", type=numbers, metavar="X,X..", help="of each band, coarse to fine")
     parser.add_argument("--precision", choices=PRECISIONS, help="of the network; the solver is float32 [float32]")
     parser.add_argument("--compile", action="store_true", help="compile the transformer blocks")
     parser.add_argument("--graphs", action="store_true", help="replay CUDA graphs: faster for small batches")

@@ -207,7 +207,8 @@ class Samples:
         is_run = any(path.glob("step-*.pt")) or (path / "model.safetensors").exists()
         self.files = path if args.what and path.exists() and not is_run else None
         if not (self.files and args.ref):
-            self.run = load.load_run(None if self.files else args.what, args.raw, str(ranks.device), args.vae)
+            self.run = load.load_run(None if self.files else args.what, args.raw, str(ranks.device), args.vae,
+                                     args.noise_scale)
             self.settings = solver_settings(self.run.cfg, args)
         if self.files:
             self.num, self.parts = gallery.open_samples(self.files, args.batch)

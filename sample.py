@@ -182,7 +182,7 @@ def main() -> None:
     config.check_sampling_flags(args, least=1)
     card.check_push(args)
     with Ranks.start(args.device) as ranks:
-        run = load.load_run(args.run, args.raw, str(ranks.device), args.vae)
+        run = load.load_run(args.run, args.raw, str(ranks.device), args.vae, args.noise_scale)
         if args.compile:
             load.compile_blocks(run.model)
         if args.export:

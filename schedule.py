@@ -42,6 +42,7 @@ class Schedule:
     full_range   stage s trains on [T_s, 1], as the paper; False: on its segment [T_s, T_(s+1)].  # not in paper
     times    of training within these: uniform, as the paper, or logit-normal (Esser et al. 2024).  # not in paper
     stage_weights   how often each stage is trained, relative to the others; (): equally, as the paper.  # not in paper
+    noise_scale     of each band's noise, for sampling only; (): 1, as the paper.  # not in paper
 
     Raises UserError when the starts do not increase from 0 to below 1.
     """
@@ -54,6 +55,7 @@ class Schedule:
     full_range: bool = True
     times: str = "uniform"
     stage_weights: tuple[float, ...] = ()
+    noise_scale: tuple[float, ...] = ()
 
     def __post_init__(self):
         starts = tuple(self.starts)
@@ -113,7 +115,8 @@ class Schedule:
 
     def draw_noise(self, rng, shape: tuple[int, int, int]) -> list[Tensor]:
         """x_0 as bands, for images (C, H, W); rng is a source of Gaussians, rng.randn(*shape) -> (B, *shape)."""
-        return self.split(rng.randn(*shape)) if self.noise == "pyramid" else white_bands(rng, shape, self.num_scales)
+        x0 = self.split(rng.randn(*shape)) if self.noise == "pyramid" else white_bands(rng, shape, self.num_scales)
+        return [scale * band for scale, band in zip(self.noise_scale, x0, strict=True)] if self.noise_scale else x0
 
     def draw_times(self, rng) -> Tensor:
         """Where in its interval each row trains, (B,) in [0, 1]."""

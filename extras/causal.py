@@ -203,7 +203,7 @@ def check(run: Run, args: argparse.Namespace) -> None:
 def draw(args: argparse.Namespace) -> None:
     args.num = len(args.numbers) if args.command == "refine" else args.num
     args.numbers = args.numbers if "numbers" in args else list(range(args.num))
-    run = load.load_run(args.run, args.raw, args.device, args.vae)
+    run = load.load_run(args.run, args.raw, args.device, args.vae, args.noise_scale)
     check(run, args)
     settings = solver.solver_settings(run.cfg, args)
     load.check_guidance(run.cfg, settings["cfg_scale"], run.condition)

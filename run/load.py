@@ -81,7 +81,7 @@ class Run:
 
     @cached_property
     def schedule(self) -> object:
-        return self.system.schedule(self.cfg)
+        return dataclasses.replace(self.system.schedule(self.cfg), noise_scale=self.cfg.noise_scale)
 
     @property
     def classes(self) -> list[str]:
@@ -151,16 +151,19 @@ class Run:
         return sample.generate(self, num, y, seed, batch, **settings)[0]
 
 
-def load_run(name: str | None = None, raw: bool = False, device: str | None = None, vae: str | None = None) -> Run:
+def load_run(name: str | None = None, raw: bool = False, device: str | None = None, vae: str | None = None,
+             noise_scale: tuple | None = None) -> Run:
     """A run directory (its newest whole checkpoint), an export, or an export on the hub; None: the newest run. vae:
-    where its autoencoder is now."""
+    where its autoencoder is now; noise_scale: in place of the run's own."""
     folder, state, weights = read_state(name, raw)
     named = state["config"].get("vae")
     if (folder / "model.safetensors").exists() and named and not vae and (
             not HUB.fullmatch(str(named)) or Path(named.split("@")[0]).exists()):
         raise UserError(f"the export {folder} asks for an autoencoder in the folder {named!r}, but no file chooses "
                         "folders of this machine: name it yourself with --vae")
-    cfg, facts = Config.from_dict({**state["config"], **({"vae": vae} if vae else {})}), state["data"]
+    changes = {"vae": vae} if vae else {}
+    changes |= {} if noise_scale is None else {"noise_scale": noise_scale}
+    cfg, facts = Config.from_dict({**state["config"], **changes}), state["data"]
     if cfg.space == "latent" and not cfg.latents:           # an export does not name it
         cfg = dataclasses.replace(cfg, latents=cache_folder(cfg.dataset, cfg.res, cfg.vae, "train"))
     model = restore_model(cfg, facts, state[WEIGHTS[weights]], folder, best_device(device))

@@ -20,10 +20,12 @@ import signal
 import statistics
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cache
 from pathlib import Path
+from threading import Lock
 
 from tqdm import tqdm
 
@@ -39,6 +41,7 @@ from scores.features import load_extractor
 from studies.output import markdown, origin, seeds, spread
 
 ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = defaultdict(Lock)                                 # one training at a time in each
 
 # What is compared: name -> settings. Then the tables of the paper: name -> (settings, the paper's FID, CelebA-HQ 256).
 SYSTEMS = {"LapFlow": {}, "LFM": {"method": "lfm"}, "Pyramidal Flow": {"method": "pyramidal"},
@@ -49,6 +52,9 @@ IMAGES = {                                                  # rate and options: 
     **SYSTEMS, "LapFlow, shared weights": {"experts": "none"},                  # as many parameters as LFM
     "LapFlow, two scales": {"num_scales": 2},
     "Pyramidal Flow, stages 2:2:1": {"method": "pyramidal", "stage_weights": (2.0, 2.0, 1.0)},
+    "LapFlow, finer noise x 0.85": {"noise_scale": (1.0, 0.85, 0.85)},          # each at its best scale
+    "LFM, noise x 0.95": {"method": "lfm", "noise_scale": (0.95,)},
+    "Pyramidal Flow, finer noise x 0.9": {"method": "pyramidal", "noise_scale": (1.0, 0.9, 0.9)},
     "LapFlow, as in the paper": dict(num_scales=2, block="dit", times="uniform", full_range=True, concat_coarse=False)}
 ABLATIONS = {
     "mask": {"causal": ({}, 3.53), "none": ({"mask": "none"}, 3.91), "self": ({"mask": "self"}, 5.19)},
@@ -117,7 +123,8 @@ def plan_runs(args: argparse.Namespace) -> list[tuple[str, Config]]:
         steps = max(1, round(budget / flops))
         print(f"{name:30s} {steps:6d} steps x {flops:.3e} = {steps * flops:.3e} training FLOPs")
         for seed in range(args.seeds):
-            folder = "-".join(map(str, [set_name(args), budget_steps, *sum(sorted(settings.items()), ()), seed]))
+            trained = [pair for pair in sorted(settings.items()) if pair[0] != "noise_scale"]   # that is for sampling
+            folder = "-".join(map(str, [set_name(args), budget_steps, *sum(trained, ()), seed]))
             folder = "".join(c if c.isalnum() or c in "-._" else "_" for c in folder)
             runs.append((name, dataclasses.replace(
                 cfg, steps=steps, seed=seed, out=str(out / folder), save_every=max(1, steps // 4),
@@ -150,12 +157,13 @@ def train_one(name: str, cfg: Config, args: argparse.Namespace, commit: str, chi
     """One run, in a process of its own, and its line."""
     folder, report = Path(cfg.out), Path(cfg.out + ".log")
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
-    with open(report, "w") as file:
+    with FOLDERS[cfg.out], open(report, "w") as file:       # rows that differ in sampling share a folder
         few = cfg if cfg.dataset == "digits" else dataclasses.replace(cfg, num_samples=64)      # see judged
         child = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *command_of(few, args.device)], stdout=file,
                                  stderr=file, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
-    children.append(child)
-    if child.wait() or not (folder / "scores.json").exists():           # a run that is asked to stop leaves with 0
+        children.append(child)
+        child.wait()
+    if child.returncode or not (folder / "scores.json").exists():           # a run that is asked to stop leaves with 0
         last = (report.read_text().splitlines() or [""])[-1]
         raise UserError(f"the run {cfg.out} did not finish, see {report}: {last}")
     scores = json.loads((folder / "scores.json").read_text())
@@ -179,7 +187,7 @@ def train_one(name: str, cfg: Config, args: argparse.Namespace, commit: str, chi
 def judged(cfg: Config, device: str | None, scores: dict) -> dict:
     """The scores of a run on larger images: in pixels, in the features of a classifier where they have classes, and of
     EfficientNet where it is installed."""
-    run = load.load_run(cfg.out, device=device)
+    run = load.load_run(cfg.out, device=device, noise_scale=cfg.noise_scale)
     images, y, report = train.draw(run, cfg.num_samples, progress=False)
     dataset = batches.load(cfg)
     scores = {**report, **fid.evaluate(dataset, images, y, run.decode)}
@@ -212,7 +220,8 @@ def measure_times(planned: list[tuple[str, Config]], args: argparse.Namespace, r
                   count: int = 250) -> None:
     """Seconds per image of each variant's first seed: in turn, alone on the machine, medians over the rounds."""
     lines = checkpoint.read_lines([args.record])
-    ready = [(name, load.load_run(cfg.out, device=args.device), []) for name, cfg in planned
+    ready = [(name, load.load_run(cfg.out, device=args.device, noise_scale=cfg.noise_scale), [])
+             for name, cfg in planned
              if cfg.seed == 0 and finished(lines, cfg, "time") is None and any(Path(cfg.out).glob("step-*.pt"))]
     for _ in range(rounds if ready else 0):
         for _, run, seconds in tqdm(ready, desc="timing", leave=False):
@@ -300,7 +309,7 @@ def draw_samples(path: Path, planned: list[tuple[str, Config]], device: str | No
     rows, names, titles = [], [], []
     for name, cfg in planned:
         if cfg.seed == 0 and any(Path(cfg.out).glob("step-*.pt")):
-            run = load.load_run(cfg.out, device=device)
+            run = load.load_run(cfg.out, device=device, noise_scale=cfg.noise_scale)
             images, y, _ = train.draw(run, 10, progress=False)
             rows.append(list(images))
             names.append(name.replace(", ", ",\n"))

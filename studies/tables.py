@@ -137,7 +137,7 @@ def gpu() -> str:
 TABLES = {"garments": garments, "presets": plan.presets, "speed": speed,
           "systems": partial(systems, "compare"), "fashion": partial(systems, "fashion"),
           "crops": partial(systems, "crops"), "ablations": partial(ablations, "ablations", "digits"),
-          "fashion-ablations": partial(ablations, "fashion", "fashion"),
+          "fashion_ablations": partial(ablations, "fashion", "fashion"),
           "gpu": gpu, "quality": partial(systems, "quality"), "variety": lambda: variety.table(lines("variety"))}
 
 

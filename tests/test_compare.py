@@ -41,7 +41,7 @@ def test_equal_flops_and_commands_that_make_the_same_run(given, tmp_path):
     planned = compare.plan_runs(args)
     names = list(compare.variants(args))
     assert len(planned) == 2 * len(names) and planned[0][0] == names[0]
-    assert len({cfg.out for _, cfg in planned}) == len(planned)
+    assert len({(cfg.out, cfg.noise_scale) for _, cfg in planned}) == len(planned)
     first, flops = planned[0][1], {}
     if args.ablation in (None, "scales"):                   # the others count in the same way
         flops = {name: memory.step_flops(cfg, memory.quick_facts(cfg)) for name, cfg in planned[: len(names)]}

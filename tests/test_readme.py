@@ -27,7 +27,7 @@ from studies import compare, tables
 PAGES = {name: (ROOT / name).read_text() for name in (
     "README.md", "docs/results.md", "docs/paper.md", "docs/scores.md", "CONTRIBUTING.md")}
 README = PAGES["README.md"]
-TABLES = {"fashion", "fashion-ablations", "crops", "garments", "presets", "speed", "systems", "ablations", "gpu",
+TABLES = {"fashion", "fashion_ablations", "crops", "garments", "presets", "speed", "systems", "ablations", "gpu",
           "quality", "variety"}
 
 
@@ -123,20 +123,28 @@ def test_what_the_text_says_of_the_garments_is_on_the_card_of_their_weights():
 
 
 def test_the_standard_errors_between_systems_are_those_of_the_results():
-    wanted = {name: compare.IMAGES[name] for name in ("LapFlow", "LFM", "Pyramidal Flow")}
-    runs, _ = tables.of_one_length("fashion", wanted)
+    names = ("LFM", "Pyramidal Flow", "PixelFlow", "EdifyImage", "LapFlow, two scales")
+    runs, _ = tables.of_one_length("fashion", {name: compare.IMAGES[name] for name in ("LapFlow", *names)})
 
     def apart(name, key):
         ours, theirs = ([row[key] for row in runs[system]] for system in ("LapFlow", name))
         error = math.sqrt(sum(statistics.variance(values) / len(values) for values in (ours, theirs)))
-        return f"{abs(statistics.mean(ours) - statistics.mean(theirs)) / error:.1f}"
+        return (statistics.mean(ours) - statistics.mean(theirs)) / error
 
-    lfm, pyramidal = ([apart(name, key) for key in ("frechet", "frechet_efficientnet")]
-                      for name in ("LFM", "Pyramidal Flow"))
+    lfm, pyramidal, pixelflow, edify, two = ([f"{abs(apart(name, key)):.1f}" for key in (
+        "frechet", "frechet_efficientnet")] for name in names)
     text = PAGES["docs/results.md"].replace("\n", " ")
     assert f"{lfm[0]} standard errors ahead of LFM's" in README
     assert f"by {lfm[0]} standard errors in the classifier's FD and by {lfm[1]} in EfficientNet's" in text
-    assert f"level in both ({pyramidal[0]} and {pyramidal[1]} standard errors)" in text
+    assert f"Pyramidal Flow ({pyramidal[0]} and {pyramidal[1]} standard errors) and with" in text
+    assert f"PixelFlow ({pixelflow[0]} and {pixelflow[1]})" in text
+    assert f"EdifyImage is behind by {edify[0]} in the first and ahead by {edify[1]} in the second" in text
+    assert apart("EdifyImage", "frechet") < 0 < apart("EdifyImage", "frechet_efficientnet")
+    assert f"closer than two by {two[0]} and {two[1]}" in text
+    for name in names[:4]:
+        assert all(apart(name, key) > 4 for key in ("precision", "label_agreement"))
+        assert apart(name, "recall") < -4 and (apart(name, "class_variance") < -4 or name == "LFM")
+    assert f"(LFM's variance: {-apart('LFM', 'class_variance'):.1f})" in text
 
 
 def test_every_score_is_explained():
