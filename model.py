@@ -7,8 +7,6 @@ A band is cut into patches; its tokens pass through its own weights (an "expert"
 they meet the other bands in one softmax attention per block, where BAND i READS BANDS 0..i. Coarse bands never read
 finer ones, so any prefix of bands is a valid input and gives the same velocities as the full pyramid.
 The mask is never built: the keys band i may read are a prefix of all keys, so one fused call per band does it.
-
-`python train.py --size L/2 --dry-run` prints parameters, tokens and FLOPs.
 """
 
 from collections.abc import Callable

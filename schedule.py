@@ -59,8 +59,7 @@ class Schedule:
 
     def __post_init__(self):
         starts = tuple(self.starts)
-        increasing = all(a < b for a, b in zip(starts, starts[1:] + (1.0,), strict=False))
-        if not starts or starts[0] != 0 or not increasing:
+        if starts[:1] != (0,) or not all(a < b for a, b in zip(starts, starts[1:] + (1.0,), strict=False)):
             raise UserError(f"starts must increase from 0 to below 1, like 0,0.5; got {starts}")
         if self.path not in PATHS:
             raise UserError(f"unknown path {self.path!r}; choose one of {', '.join(PATHS)}")

@@ -4,9 +4,10 @@
     pip install scikit-image                    BSD; scikit-learn is there already
     python -m data.crops crops64 --res 64       then python train.py --dataset folder --data crops64 --num-scales 3
 
-Every photograph is a class: 130 crops for training, of its left four fifths, and 60 for tests, of the right fifth, so
-no pixel is in both. A crop is a square of 64 to 320 pixels (log-uniform), reduced with Lanczos; flat ones are left out.
-The same command writes the same files. Not in paper: a set small enough for two cores, with the detail of photographs.
+Every photograph is a class: 130 crops for training and 60 for tests, drawn alike, so that tests are of the same
+distribution; two may overlap, and `novelty` of fid.py tells copies. A crop is a square of 64 to 320 pixels
+(log-uniform), reduced with Lanczos; flat ones are left out. The same command writes the same files. Not in paper: a set
+small enough for two cores, with the detail of photographs.
 """
 
 import importlib.util
@@ -69,12 +70,11 @@ def write(folder: Path, res: int) -> int:
     total = 0
     for number, (name, file) in enumerate(tqdm(sorted(photographs().items()), desc="cropping", unit="photo")):
         photo = read_photo(file)
-        border = photo.width * 4 // 5
-        for split, box in (("train", (0, 0, border, photo.height)), ("test", (border, 0, *photo.size))):
+        for split, count in COUNTS.items():
             target = folder / split / name
             target.mkdir(parents=True, exist_ok=True)
             random = np.random.default_rng([number, split == "test"])
-            for i, crop in enumerate(crops_of(photo.crop(box), COUNTS[split], res, random)):
+            for i, crop in enumerate(crops_of(photo, count, res, random)):
                 crop.save(target / f"{i:03d}.png")
                 total += 1
     return total

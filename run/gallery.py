@@ -114,7 +114,12 @@ def job_of(run: Run, args: argparse.Namespace, settings: dict) -> dict:
     """Everything that decides what a command of sample.py draws."""
     return {"run": str(run.folder), "step": run.step, "weights": run.weights, "fingerprint": run.fingerprint,
             "num": args.num, "seed": args.seed, "batch": args.batch, "labels": args.labels, "vectors": args.vectors,
-            **settings}
+            **noise_scale(run), **settings}
+
+
+def noise_scale(run: Run) -> dict:
+    """Only where there is one: a job that began before this setting goes on."""
+    return {"noise_scale": run.cfg.noise_scale} if run.cfg.noise_scale else {}
 
 
 def arrays_of(y: torch.Tensor | np.ndarray | None, count: int) -> dict[str, np.ndarray]:
@@ -186,8 +191,8 @@ def open_samples(where: Path, batch: int = 250) -> tuple[int, list]:
 def report_of(run: Run, notes: list[dict], seed: int, batch: int, settings: dict) -> dict:
     """What the images cost, and how they were made; NFE and network passes are means over the batches."""
     nfe, num = np.mean([note["nfe"] for note in notes], axis=0).tolist(), sum(note["count"] for note in notes)
-    return {"num": num, "seed": seed, "batch": batch, **settings, "nfe_segments": nfe, "nfe": sum(nfe),
-            "forwards": sum(note["forwards"] for note in notes) / len(notes),
+    return {"num": num, "seed": seed, "batch": batch, **noise_scale(run), **settings,
+            "nfe_segments": nfe, "nfe": sum(nfe), "forwards": sum(note["forwards"] for note in notes) / len(notes),
             "seconds_per_image": sum(note["seconds"] for note in notes) / num,
             "memory_gb": peak_memory(run.device), "device": str(run.device),
             "weights": run.weights, "step": run.step, "run": str(run.folder)}
@@ -200,10 +205,11 @@ def describe(report: dict) -> str:
         settings.append(f"norm over the {report['norm']}")
     low, high = report.get("interval", (0, 1))
     between = "" if (low, high) == (0, 1) else f" between t = {low:g} and {high:g}"
+    noise = f", noise x {','.join(map(str, report['noise_scale']))}" if "noise_scale" in report else ""
     segments = " + ".join(f"{n:g}" for n in report["nfe_segments"])
     return (f"weights    {report['weights']} at step {report['step']} of {report['run']}\n"
             f"solver     {report['solver']}, {', '.join(settings)}, {report['batch']} images at a time\n"
-            f"guidance   {report['cfg_scale']:g}{between}, network in {report.get('precision', 'float32')}\n"
+            f"guidance   {report['cfg_scale']:g}{between}, network in {report.get('precision', 'float32')}{noise}\n"
             f"NFE        {segments} = {report['nfe']:g} by segment ({report['forwards']:g} network passes per image)\n"
             f"time       {report['seconds_per_image']:.4f} s per image on {report['device']}, peak memory "
             f"{report.get('memory_gb', math.nan):.2f} GB")

@@ -54,6 +54,18 @@ def test_equal_flops_and_commands_that_make_the_same_run(given, tmp_path):
         assert paper.resolve(vars(parser.parse_args(compare.command_of(cfg, None)))) == cfg
 
 
+def test_rows_that_differ_in_sampling_share_a_training(tmp_path, monkeypatch):
+    names = ["LapFlow", "LapFlow, finer noise x 0.85"]
+    (_, plain), (_, scaled) = compare.plan_runs(arguments(tmp_path, dataset="fashion", only=names, seeds=1))
+    assert plain.out == scaled.out and (plain.noise_scale, scaled.noise_scale) == ((), (1.0, 0.85, 0.85))
+    given = []
+    monkeypatch.setattr(compare.load, "load_run", lambda out, device, noise_scale: given.append(noise_scale) or 1 / 0)
+    for cfg in (plain, scaled):
+        with pytest.raises(ZeroDivisionError):
+            compare.judged(cfg, "cpu", {})
+    assert given == [(), (1.0, 0.85, 0.85)]                 # whatever the folder says
+
+
 def test_all_systems_are_there():
     methods = {settings.get("method") for settings in compare.SYSTEMS.values()} - {None}
     assert methods <= set(config.METHODS) and methods >= {

@@ -241,8 +241,8 @@ def test_a_preset_yields_to_the_user():
 def test_settings_that_do_not_change_training_are_free():
     """Those of speed, places, samples and records; every other setting makes it another run."""
     free = dict(data="D", latents="L", out="O", steps=5, micro_batch=3, compile=True, shard=True, recompute=True,
-                rtol=0.1, atol=0.1, cfg_scale=2.0, num_samples=9, sample_every=9, eval_every=9, log_every=9,
-                logger="tensorboard", save_every=9, keep=9, keep_every=9)
+                rtol=0.1, atol=0.1, cfg_scale=2.0, noise_scale=(1.0, 0.9), num_samples=9, sample_every=9, eval_every=9,
+                log_every=9, logger="tensorboard", save_every=9, keep=9, keep_every=9)
     fixed = dict(dataset="folder", res=16, condition="vectors", vae="V", flip=False, skip_bad=True, init="I", seed=3,
                  size="32,2,2,2", experts="none", mask="none", condition_tokens=False, block="modern",
                  concat_coarse=True, starts=(0.0, 0.2), path="gvp", times="logit-normal", stage_weights=(1.0, 3.0),

@@ -727,6 +727,22 @@ def test_tolerances_of_the_samples_of_training(tmp_path, monkeypatch):
     assert [(solve.method, solve.rtol, solve.atol) for solve in trace.solves] == [("dopri5", 0.3, 0.2)] * 2
 
 
+@setting("noise_scale")
+def test_noise_scale_of_the_samples_of_training(tmp_path, monkeypatch):
+    """Training itself has unit noise."""
+    for name in ("fid.evaluate", "fid.table"):
+        monkeypatch.setattr(name, lambda *_: {})
+    runs = [tiny(tmp_path, name, steps=1, num_samples=4, noise_scale=scale) for name, scale in (
+        ("plain", ()), ("scaled", (0.5, 2.0)))]
+    traces = []
+    for cfg in runs:
+        with monkeypatch.context() as patch:
+            traces.append(watch_sampling(patch))
+            train_and_score(cfg)
+    plain, scaled = (trace.solves[0].y0 for trace in traces)
+    assert torch.equal(scaled, 0.5 * plain) and same(*(state(cfg)["model"] for cfg in runs))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the flags of sample.py and fid.py
 
@@ -794,6 +810,16 @@ def test_flags_of_the_solver(draw):
     assert {s.method for s in draw("fixed", "--solver", "dopri5", "--rtol", "0.5").solves} == {"dopri5"}
     norm = draw("adaptive", "--norm", "sample").solves[0].options["norm"]
     assert norm(torch.tensor([[1.0, 1.0], [7.0, 7.0], [0.0, 0.0]])) == 7        # of the worst image
+
+
+def test_noise_scale(draw):
+    noise = pyramid.decompose(ImageRandom(0, range(4)).randn(1, 8, 8), 2)
+    trace = draw("fixed", "--noise-scale", "0.5,3")
+    first, second = (solve.y0 for solve in trace.solves)
+    assert torch.equal(first, 0.5 * noise[0].flatten(1))
+    assert torch.allclose(second[:, 16:], 3 * 0.5 * noise[1].flatten(1))        # band 1 enters at T_1 = 0.5
+    assert json.loads((trace.out / "report.json").read_text())["noise_scale"] == [0.5, 3.0]
+    assert "noise_scale" not in json.loads((draw("fixed").out / "report.json").read_text())
 
 
 def test_tolerances_matter_separately():
@@ -876,25 +902,27 @@ def test_formats_and_exports(draw, folders, tmp_path, monkeypatch):
                                               dict(checkpoint.load_newest(folders["fixed"])["model"]))
     names = []
     monkeypatch.setattr(load, "load_run", lambda *arguments: names.append(arguments) or 1 / 0)
-    monkeypatch.setattr(sys, "argv", ["sample.py", "somewhere", "--vae", "me/vae", "--raw", "--device", "cpu"])
+    monkeypatch.setattr(sys, "argv", ["sample.py", "somewhere", "--vae", "me/vae", "--raw", "--device", "cpu",
+                                      "--noise-scale", "1,0.5"])
     with pytest.raises(ZeroDivisionError):
         sample.main()
-    assert names == [("somewhere", True, "cpu", "me/vae")]
+    assert names == [("somewhere", True, "cpu", "me/vae", (1.0, 0.5))]
 
 
 def test_fid_draws_with_its_flags(folders, monkeypatch):
     calls, draw_batches = [], sample.draw_batches
 
     def watched(run, chunks, y, seed, **settings):
-        calls.append((run.weights, chunks, y.tolist(), seed, settings))
+        calls.append((run.weights, run.cfg.noise_scale, chunks, y.tolist(), seed, settings))
         return draw_batches(run, chunks, y, seed, **settings)
 
     monkeypatch.setattr(sample, "draw_batches", watched)
     flags = "-n 6 --seed 5 --batch 4 --labels 7 --cfg 2 --cfg-interval 0.1,0.9 --solver rk4 --steps 3 --raw"
-    monkeypatch.setattr(sys, "argv", ["fid.py", str(folders["fixed"]), "--device", "cpu", *flags.split()])
+    monkeypatch.setattr(sys, "argv", ["fid.py", str(folders["fixed"]), "--device", "cpu", *flags.split(),
+                                      "--noise-scale", "1,0.5"])
     fid.main()
     settings = dict(solver="rk4", norm="batch", cfg_scale=2.0, interval=(0.1, 0.9), precision="float32", steps=3)
-    assert calls == [("raw", [range(4), range(4, 6)], [7] * 6, 5, settings)]
+    assert calls == [("raw", (1.0, 0.5), [range(4), range(4, 6)], [7] * 6, 5, settings)]
     calls.clear()
     flags = "-n 6 --rtol 0.4 --atol 0.6 --norm sample"
     monkeypatch.setattr(sys, "argv", ["fid.py", str(folders["adaptive"]), "--device", "cpu", *flags.split()])
@@ -912,8 +940,8 @@ def test_each_flag_sets_its_setting_and_no_other(monkeypatch):
               "latents": "L", "flip": False, "skip_bad": True, "init": "I", "out": "O", "method": "separate",
               "num_scales": 3, "pyramid": "haar", "stages": "batch", "stage_weights": (1.0, 3.0), "compile": True,
               "precision": "bfloat16", "shard": True, "solver": "heun", "rtol": 0.3, "atol": 0.2, "solver_steps": 9,
-              "cfg_scale": 1.7, "num_samples": 11, "sample_every": 12, "eval_every": 13, "logger": "tensorboard",
-              "keep": 14, "keep_every": 15}
+              "cfg_scale": 1.7, "noise_scale": (1.0, 0.5), "num_samples": 11, "sample_every": 12, "eval_every": 13,
+              "logger": "tensorboard", "keep": 14, "keep_every": 15}
     assert values.keys() == {field.name for field in dataclasses.fields(Config)}
     free, pair = Config(out="O"), {"solver", "solver_steps"}                   # these two go together
     for name, value in values.items():

@@ -462,6 +462,8 @@ def test_an_unknown_device_is_an_error(tmp_path):
     (dict(batch=4, stage_weights=(4, 1)), "a batch of at least 5 images, one for each stage, not 4"),
     (dict(stage_weights=(1, 1, 2)), "2 scales need 2 stage weights, each above 0, not 1.0,1.0,2.0"),
     (dict(stage_weights=(1, 0)), "2 scales need 2 stage weights, each above 0"),
+    (dict(noise_scale=(1, 0.9, 0.9)), "2 scales need 2 noise scales, none below 0, not 1.0,0.9,0.9"),
+    (dict(noise_scale=(1, -1)), "2 scales need 2 noise scales, none below 0"),
     (dict(method="dfm", stage_weights=(1, 2)), "DFM has its own weights of stages"),
     (dict(lr=float("nan")), "lr must be at least 0"), (dict(rtol=0.0), "rtol and atol must be numbers above 0")])
 def test_a_wrong_setting_is_named(settings, words):
