@@ -205,7 +205,7 @@ def describe(report: dict) -> str:
         settings.append(f"norm over the {report['norm']}")
     low, high = report.get("interval", (0, 1))
     between = "" if (low, high) == (0, 1) else f" between t = {low:g} and {high:g}"
-    noise = f", noise x {','.join(map(str, report['noise_scale']))}" if "noise_scale" in report else ""
+    noise = f", noise x {','.join(f'{x:g}' for x in report['noise_scale'])}" if "noise_scale" in report else ""
     segments = " + ".join(f"{n:g}" for n in report["nfe_segments"])
     return (f"weights    {report['weights']} at step {report['step']} of {report['run']}\n"
             f"solver     {report['solver']}, {', '.join(settings)}, {report['batch']} images at a time\n"
