@@ -90,13 +90,14 @@ def ablations(name: str, dataset: str) -> str:
 
 
 def speed() -> str:
-    """Our passes against those of a single-scale DiT and of the other LapFlow; ratios of medians."""
+    """Our passes against those of a single-scale DiT and of the other LapFlow: ratios of medians, the newest ones."""
     rows, table = [row for row in lines("bench") if row.get("what") == "compare"], []
     rivals = {"diffusers DiT": "diffusers' DiT", "rectified-flow-pytorch": "rectified-flow-pytorch"}
-    for row in rows:
+    for row in {row["side"]: row for row in rows}.values():
         for what in ("forward and backward", "forward"):
-            ratios = [f"{row[what]['over'][name]:.3f}" if name in row[what]["over"] else "not measured"
-                      for name in rivals]
+            over = {name: ratio for line in rows if line["side"] == row["side"]
+                    for name, ratio in line[what]["over"].items()}
+            ratios = [f"{over[name]:.3f}" if name in over else "not measured" for name in rivals]
             table.append([f"{row['side']} x {row['side']}", row["num_scales"], row["batch"], what,
                           f"{row['limit']:.3f}", *ratios])
     head = ["latents", "K", "batch", "", "FLOPs, ours / our one scale", *(f"time, ours / {n}" for n in rivals.values())]

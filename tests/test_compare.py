@@ -170,6 +170,19 @@ def test_the_gpu_table_shows_the_newest_lines_of_the_last_gpu(monkeypatch):
     assert tables.gpu().count(no) == 5 * 7 and "CPU" not in tables.gpu()
 
 
+def test_the_table_of_speed_has_the_newest_ratio_of_each_rival(monkeypatch):
+    def row(**over):
+        return {"what": "compare", "side": 32, "num_scales": 2, "batch": 8, "limit": 0.747, "hardware": "CPU",
+                "precision": "float32", "versions": "torch", "commit": "abc", "packages": {"diffusers": "1"},
+                "command": "python", **{what: {"over": over} for what in ("forward and backward", "forward")}}
+
+    rows = [row(**{"diffusers DiT": 0.8, "rectified-flow-pytorch": 0.9}), row(**{"diffusers DiT": 0.766})]
+    monkeypatch.setattr(tables, "lines", lambda name: rows)
+    text = tables.speed().splitlines()
+    assert text[2:4] == [f"| 32 x 32 | 2 | 8 | {what} | 0.747 | 0.766 | 0.900 |" for what in (
+        "forward and backward", "forward")] and not text[4]
+
+
 def test_the_table_of_garments_has_each_system_below_its_name_and_one_length(monkeypatch):
     names = ("label_agreement", "frechet_efficientnet", "class_variance", "precision", "recall")
     ours, lfm, pyramidal, real = (dict.fromkeys((*names, "frechet"), value) for value in (1.0, 2.0, 3.0, 4.0))
