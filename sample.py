@@ -126,7 +126,8 @@ class Guided:
             self.passes += 2
             null = self.model.condition.null(y)
             both = self.model([torch.cat([band, band]) for band in bands], torch.cat([t, t]), torch.cat([y, null]))
-        return [v_null + self.cfg_scale * (v_cond - v_null) for v_cond, v_null in (v.float().chunk(2) for v in both)]
+        halves = [v.float().chunk(2) for v in both]
+        return [v_null + self.cfg_scale * (v_cond - v_null) for v_cond, v_null in halves]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
