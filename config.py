@@ -155,9 +155,6 @@ class Config:
             starts = [(0.9 if i else 0.0) if self.method == "dfm" else i / self.num_scales
                       for i in range(self.num_scales)]
             object.__setattr__(self, "starts", tuple(starts))
-        if len(self.starts) != self.num_scales:
-            raise UserError(f"{self.num_scales} scales need {self.num_scales} starts, but there are "
-                            f"{len(self.starts)}: {','.join(map(str, self.starts))}")
 
     def check_combinations(self) -> None:
         """Raises UserError for settings that do not go together."""
@@ -168,15 +165,15 @@ class Config:
             raise UserError("latents need the autoencoder they come from: add --vae, a folder or OWNER/NAME on the hub")
         if self.space == "latent" and self.dataset in ("digits", "fashion"):
             raise UserError(f"the dataset {self.dataset} is trained in pixels: leave out --space")
+        for values, what, fits in (
+                (self.starts, "starts", lambda start: True),
+                (self.stage_weights, "stage weights, each above 0", lambda weight: 0 < weight < math.inf),
+                (self.noise_scale, "noise scales, none below 0", lambda scale: 0 <= scale < math.inf)):
+            if values and (len(values) != self.num_scales or not all(map(fits, values))):
+                raise UserError(f"{self.num_scales} scales need {self.num_scales} {what}, not "
+                                f"{','.join(map(str, values))}")
         weights = self.stage_weights or (1.0,) * self.num_scales
-        if len(weights) != self.num_scales or not 0 < min(weights) <= max(weights) < math.inf:
-            raise UserError(f"{self.num_scales} scales need {self.num_scales} stage weights, each above 0, not "
-                            f"{','.join(map(str, weights))}")
-        if self.noise_scale and (len(self.noise_scale) != self.num_scales or not all(
-                0 <= scale < math.inf for scale in self.noise_scale)):
-            raise UserError(f"{self.num_scales} scales need {self.num_scales} noise scales, none below 0, not "
-                            f"{','.join(map(str, self.noise_scale))}")
-        least = math.ceil(sum(weights) / min(weights))
+        least = math.ceil(sum(weights) / min(weights) - 1e-9)               # 0.1, 0.2: 3, whatever floats say
         if self.stages == "stratified" and self.batch < least:
             raise UserError(f"stratified stages need a batch of at least {least} images, one for each stage, not "
                             f"{self.batch}")

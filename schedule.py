@@ -114,8 +114,11 @@ class Schedule:
 
     def draw_noise(self, rng, shape: tuple[int, int, int]) -> list[Tensor]:
         """x_0 as bands, for images (C, H, W); rng is a source of Gaussians, rng.randn(*shape) -> (B, *shape)."""
-        x0 = self.split(rng.randn(*shape)) if self.noise == "pyramid" else white_bands(rng, shape, self.num_scales)
-        return [scale * band for scale, band in zip(self.noise_scale, x0, strict=True)] if self.noise_scale else x0
+        return self.split(rng.randn(*shape)) if self.noise == "pyramid" else white_bands(rng, shape, self.num_scales)
+
+    def scaled(self, x0: list[Tensor]) -> list[Tensor]:
+        """The noise of the first few bands, or of all, as sampling starts from it."""
+        return [scale * band for scale, band in zip(self.noise_scale, x0, strict=False)] if self.noise_scale else x0
 
     def draw_times(self, rng) -> Tensor:
         """Where in its interval each row trains, (B,) in [0, 1]."""

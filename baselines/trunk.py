@@ -20,7 +20,7 @@ def sample(model: Callable, rng, y: Tensor | None, schedule: Schedule, shape: tu
     def velocity(bands, t):
         return model(bands, t.expand(len(bands[0])), y)
 
-    bands, _ = solve(velocity, schedule.draw_noise(rng, shape), schedule, **solver)
+    bands, _ = solve(velocity, schedule.scaled(schedule.draw_noise(rng, shape)), schedule, **solver)
     return schedule.image(bands)
 
 

@@ -113,7 +113,7 @@ def draw_systems(path: Path, folder: Path) -> None:
     missing = [name for name, cfg in planned if not any(Path(cfg.out).glob("step-*.pt"))]
     if missing:
         raise UserError(f"{path.name} stays as it is: {folder} lacks {len(missing)} of the {len(planned)} runs, "
-                        "hours of python -m studies.compare --dataset fashion --steps 2358")
+                        f"hours of python -m studies.compare --dataset fashion --steps {args.steps}")
     compare.draw_samples(path, planned, "cpu")
 
 

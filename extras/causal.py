@@ -42,7 +42,7 @@ def draw_bands(run: Run, noise: list[Tensor], y: Tensor | None, cfg_scale: float
     """Bands at t = 1 from their noise: all K of them, or a prefix. Returns them and the number of network calls.
 
     known: the coarsest bands of x_1, when they are given: at time t they are at alpha_i(t) x_1 + sigma(t) x_0, exactly
-    where training saw them."""
+    where training saw them, whatever --noise-scale the others start from."""
     model, y = sample.Guided(run.model, cfg_scale, interval, precision), None if y is None else y.to(run.device)
     schedule, first, count = run.schedule, len(known), len(noise[0])
 
@@ -50,7 +50,8 @@ def draw_bands(run: Run, noise: list[Tensor], y: Tensor | None, cfg_scale: float
         imposed, _ = schedule.interpolate(known, noise[:first], t.float().expand(count))
         return model(imposed + bands, t.expand(count), y)[first:]
 
-    fine, nfe = sample.solve(velocity, noise[first:], later(schedule, first), jumps=model.jumps(y), **solver)
+    fine, nfe = sample.solve(velocity, schedule.scaled(noise)[first:], later(schedule, first), jumps=model.jumps(y),
+                             **solver)
     return [*known, *fine], nfe
 
 

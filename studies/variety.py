@@ -42,7 +42,7 @@ def real_until(run: Run, j: int, x1: Tensor, y: Tensor, seed: int = 0, cfg_scale
     noise = schedule.draw_noise(ImageRandom(seed, range(len(x1)), run.device), run.shape)
     now = torch.full((len(x1),), schedule.starts[j], device=run.device)
     given, _ = schedule.interpolate(schedule.split(x1)[:j], noise[:j], now)
-    bands, _ = sample.solve(lambda bands, t: model(bands, t.expand(len(x1)), y), noise[j:],
+    bands, _ = sample.solve(lambda bands, t: model(bands, t.expand(len(x1)), y), schedule.scaled(noise)[j:],
                             later(schedule, j, given), jumps=model.jumps(y), **solver)
     return schedule.image(bands)
 

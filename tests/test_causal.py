@@ -130,8 +130,11 @@ def test_the_noise_of_a_variation_is_white_again(run):
 
 
 @pytest.mark.parametrize("known", [1, 2])
-def test_upsampling_imposes_the_coarse_bands_where_training_saw_them(run, known):
-    """The network reads alpha x_1 + sigma x_0 in the known bands at every time, and the result contains them."""
+@pytest.mark.parametrize("scale", [(), (3.0, 0.9, 0.7)])
+def test_upsampling_imposes_the_coarse_bands_where_training_saw_them(run, known, scale):
+    """The network reads alpha x_1 + sigma x_0 in the known bands at every time, and the result contains them. A noise
+    scale is that of the bands that are drawn."""
+    run.cfg = replace(run.cfg, noise_scale=scale)
     schedule, small, seen = Schedule(run.cfg.starts), torch.rand(2, 4 * known, 4 * known) * 2 - 1, []
     forward = run.model.forward
 
@@ -149,7 +152,8 @@ def test_upsampling_imposes_the_coarse_bands_where_training_saw_them(run, known)
             alpha, sigma, _, _ = schedule.coefficients(i, t)
             assert torch.allclose(state[i], float(alpha) * bands[i] + float(sigma) * noise[i], atol=1e-5)
     start = [state for t, state in seen if len(state) == known + 1][0]
-    assert torch.allclose(start[known], (1 - run.cfg.starts[known]) * noise[known], atol=1e-5)
+    entering = (scale or (1, 1, 1))[known] * noise[known]
+    assert torch.allclose(start[known], (1 - run.cfg.starts[known]) * entering, atol=1e-5)
     with pytest.raises(UserError, match="are 4 or 8 pixels wide, not"):
         causal.upsample(run, torch.zeros(2, 5, 5), 1, torch.tensor([0]), **HEUN)
 

@@ -13,10 +13,12 @@ from studies import variety
 STARTS = (0.0, 0.5, 0.8)
 
 
+@pytest.mark.parametrize("scale", [(), (3.0, 0.8, 0.6)])
 @pytest.mark.parametrize("j", [1, 2])
-def test_real_until_hands_the_network_the_states_of_training(j):
-    """A velocity that ends at x1 from wherever it is: every image comes back, and the first state is the real one."""
-    schedule, x1, seen = Schedule(STARTS), torch.rand(4, 1, 16, 16, dtype=torch.float64), []
+def test_real_until_hands_the_network_the_states_of_training(j, scale):
+    """A velocity that ends at x1 from wherever it is: every image comes back, and the first state is the real one. A
+    noise scale is that of the bands that enter later."""
+    schedule, x1, seen = Schedule(STARTS, noise_scale=scale), torch.rand(4, 1, 16, 16, dtype=torch.float64), []
     bands = schedule.split(x1)
 
     def model(xt, t, y):
@@ -32,7 +34,7 @@ def test_real_until_hands_the_network_the_states_of_training(j):
     alphas = [(t - start) / (1 - start) for start in STARTS[: j + 1]]
     noise = [(x - alpha * band) / (1 - t) for x, alpha, band in zip(state, alphas, bands, strict=False)]
     for i, x in enumerate(noise):                           # of one white image, averaged: 1/4, then details
-        expected = (0.25, 0.43, 0.87)[i]
+        expected = (0.25, 0.43, 0.87)[i] * (scale[j] if scale and i == j else 1)
         assert x.std().item() == pytest.approx(expected, rel=0.2)
 
 
