@@ -114,7 +114,10 @@ class Schedule:
 
     def draw_noise(self, rng, shape: tuple[int, int, int]) -> list[Tensor]:
         """x_0 as bands, for images (C, H, W); rng is a source of Gaussians, rng.randn(*shape) -> (B, *shape)."""
-        return self.split(rng.randn(*shape)) if self.noise == "pyramid" else white_bands(rng, shape, self.num_scales)
+        if self.noise == "pyramid":
+            return self.split(rng.randn(*shape))
+        c, h, w = shape
+        return [rng.randn(c, h >> k, w >> k) for k in reversed(range(self.num_scales))]
 
     def scaled(self, x0: list[Tensor]) -> list[Tensor]:
         """The noise of the first few bands, or of all, as sampling starts from it."""
@@ -130,12 +133,6 @@ class Schedule:
             return np.full(rng.batch, rng.choice(self.shares))[rng.rows]
         due = (np.arange(rng.batch) + 0.5) / np.array(self.shares)[:, None]         # (K, B): each stage evenly spread
         return (np.argsort(due, axis=None, kind="stable")[: rng.batch] // rng.batch)[rng.rows]
-
-
-def white_bands(rng, shape: tuple[int, int, int], num_scales: int) -> list[Tensor]:
-    """Unit white noise for each band of images (C, H, W), independent of each other."""
-    c, h, w = shape
-    return [rng.randn(c, h >> k, w >> k) for k in reversed(range(num_scales))]
 
 
 def stage_rows(stage: np.ndarray, device: torch.device) -> list[tuple[int, Tensor]]:

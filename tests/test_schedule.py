@@ -8,7 +8,7 @@ from config import UserError
 from conftest import random_model
 from data.batches import BatchRandom
 from pyramid import PYRAMIDS, decompose, reconstruct
-from schedule import PATHS, Schedule, loss, stage_rows, white_bands
+from schedule import PATHS, Schedule, loss, stage_rows
 
 STARTS = (0.0, 0.3, 0.7)
 
@@ -115,8 +115,8 @@ def test_resummed_noise_is_white_and_independent_noise_is_not():
     assert white["independent"] > 0.5
 
 
-def test_white_bands_are_unit_noise_in_each_band():
-    bands = white_bands(BatchRandom(0, 0, 4000), (2, 8, 8), 3)
+def test_independent_noise_is_unit_noise_in_each_band():
+    bands = Schedule((0.0, 0.5, 0.8), noise="independent").draw_noise(BatchRandom(0, 0, 4000), (2, 8, 8))
     assert [tuple(band.shape[1:]) for band in bands] == [(2, 2, 2), (2, 4, 4), (2, 8, 8)]
     assert [band.std().item() for band in bands] == pytest.approx([1, 1, 1], rel=0.02)
     assert abs((reconstruct([bands[0], 0 * bands[1]]) * bands[1]).mean()) < 0.01
