@@ -41,6 +41,7 @@ from scores.features import load_extractor
 from studies.output import markdown, origin, seeds, spread
 
 ROOT = Path(__file__).resolve().parent.parent
+SAMPLING = ("noise_scale", "solver", "solver_steps")        # rows that differ in these alone share a training
 FOLDERS = defaultdict(Lock)                                 # one training at a time in each
 
 # What is compared: name -> settings. Then the tables of the paper: name -> (settings, the paper's FID, CelebA-HQ 256).
@@ -77,6 +78,9 @@ IMAGE_ABLATIONS = {                                         # on larger images, 
     "starts": {"0.5, 0.8": ({}, None), "0.33, 0.67": ({"starts": (0.0, 1 / 3, 2 / 3)}, None),
                "0.2, 0.4": ({"starts": (0.0, 0.2, 0.4)}, None), "0.7, 0.9": ({"starts": (0.0, 0.7, 0.9)}, None)},
 }
+BEST = ("LapFlow, finer noise x 0.85", "LFM, noise x 0.95", "Pyramidal Flow, finer noise x 0.9")
+STEPS = {f"{name.split(',')[0]}, {steps} steps": ({**IMAGES[name], "solver": "heun", "solver_steps": steps}, None)
+         for name in BEST for steps in (6, 12, 24)}         # what sampling costs
 COLUMNS = {"frechet_pixel": ("FD", 3), "frechet": ("FD, classifier", 2),
            "frechet_efficientnet": ("FD, EfficientNet", 1), "precision": ("precision", 3), "recall": ("recall", 3),
            "class_variance": ("class variance", 3), "label_agreement": ("agreement", 3), "novelty": ("novelty", 2),
@@ -95,9 +99,9 @@ def set_name(args: argparse.Namespace) -> str:
 def variants(args: argparse.Namespace) -> dict:
     """name -> (settings, the paper's FID or None)."""
     if args.ablation:
-        tables = ABLATIONS if args.dataset == "digits" else IMAGE_ABLATIONS
+        tables = ABLATIONS if args.dataset == "digits" else {**IMAGE_ABLATIONS, "steps": STEPS}
         if args.ablation not in tables:
-            raise UserError(f"--ablation on larger images is one of {', '.join(tables)}, not {args.ablation}")
+            raise UserError(f"--ablation of {args.dataset} is one of {', '.join(tables)}, not {args.ablation}")
         return tables[args.ablation]
     chosen = {name: (given, None) for name, given in systems(args.dataset).items()}
     return {name: chosen[name] for name in args.only} if args.only else chosen
@@ -109,7 +113,7 @@ def variants(args: argparse.Namespace) -> dict:
 
 def plan_runs(args: argparse.Namespace) -> list[tuple[str, Config]]:
     """The runs of a comparison: (name, configuration), seed by seed. LapFlow, the first variant, sets the FLOPs."""
-    out, given = Path(args.out), {"dataset": args.dataset}
+    out, given = Path(args.out), {"dataset": args.dataset, "noise_scale": ()}       # a row says its own scale
     given |= {name: getattr(args, name) for name in ("data", "res", "steps", "size") if getattr(args, name)}
     runs, budget, facts = [], None, memory.quick_facts(paper.resolve(given))
     for name, (settings, _) in variants(args).items():
@@ -123,7 +127,7 @@ def plan_runs(args: argparse.Namespace) -> list[tuple[str, Config]]:
         steps = max(1, round(budget / flops))
         print(f"{name:30s} {steps:6d} steps x {flops:.3e} = {steps * flops:.3e} training FLOPs")
         for seed in range(args.seeds):
-            trained = [pair for pair in sorted(settings.items()) if pair[0] != "noise_scale"]   # that is for sampling
+            trained = [pair for pair in sorted(settings.items()) if pair[0] not in SAMPLING]
             folder = "-".join(map(str, [set_name(args), budget_steps, *sum(trained, ()), seed]))
             folder = "".join(c if c.isalnum() or c in "-._" else "_" for c in folder)
             runs.append((name, dataclasses.replace(
@@ -157,7 +161,7 @@ def train_one(name: str, cfg: Config, args: argparse.Namespace, commit: str, chi
     """One run, in a process of its own, and its line."""
     folder, report = Path(cfg.out), Path(cfg.out + ".log")
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
-    with FOLDERS[cfg.out], open(report, "w") as file:       # rows that differ in sampling share a folder
+    with FOLDERS[cfg.out], open(report, "w") as file:
         few = cfg if cfg.dataset == "digits" else dataclasses.replace(cfg, num_samples=64)      # see judged
         child = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *command_of(few, args.device)], stdout=file,
                                  stderr=file, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
@@ -184,10 +188,17 @@ def train_one(name: str, cfg: Config, args: argparse.Namespace, commit: str, chi
     print(f"{name:30s} seed {cfg.seed}: FD {scores['frechet_pixel']:.4f}", flush=True)
 
 
+def loaded(cfg: Config, device: str | None) -> load.Run:
+    """The trained run of a row, with the row's own settings of sampling."""
+    run = load.load_run(cfg.out, device=device)
+    run.cfg = dataclasses.replace(run.cfg, **{name: getattr(cfg, name) for name in SAMPLING})
+    return run
+
+
 def judged(cfg: Config, device: str | None, scores: dict) -> dict:
     """The scores of a run on larger images: in pixels, in the features of a classifier where they have classes, and of
     EfficientNet where it is installed."""
-    run = load.load_run(cfg.out, device=device, noise_scale=cfg.noise_scale)
+    run = loaded(cfg, device)
     images, y, report = train.draw(run, cfg.num_samples, progress=False)
     dataset = batches.load(cfg)
     scores = {**report, **fid.evaluate(dataset, images, y, run.decode)}
@@ -220,8 +231,7 @@ def measure_times(planned: list[tuple[str, Config]], args: argparse.Namespace, r
                   count: int = 250) -> None:
     """Seconds per image of each variant's first seed: in turn, alone on the machine, medians over the rounds."""
     lines = checkpoint.read_lines([args.record])
-    ready = [(name, load.load_run(cfg.out, device=args.device, noise_scale=cfg.noise_scale), [])
-             for name, cfg in planned
+    ready = [(name, loaded(cfg, args.device), []) for name, cfg in planned
              if cfg.seed == 0 and finished(lines, cfg, "time") is None and any(Path(cfg.out).glob("step-*.pt"))]
     for _ in range(rounds if ready else 0):
         for _, run, seconds in tqdm(ready, desc="timing", leave=False):
@@ -309,7 +319,7 @@ def draw_samples(path: Path, planned: list[tuple[str, Config]], device: str | No
     rows, names, titles = [], [], []
     for name, cfg in planned:
         if cfg.seed == 0 and any(Path(cfg.out).glob("step-*.pt")):
-            run = load.load_run(cfg.out, device=device, noise_scale=cfg.noise_scale)
+            run = loaded(cfg, device)
             images, y, _ = train.draw(run, 10, progress=False)
             rows.append(list(images))
             names.append(name.replace(", ", ",\n"))
@@ -353,7 +363,7 @@ def main() -> None:
     parser.add_argument("--dataset", choices=("digits", "fashion", "folder"), default="digits", help="[digits]")
     parser.add_argument("--data", help="the images; of Fashion-MNIST [the folder of Debian]")
     parser.add_argument("--res", type=int, help="height and width of the images of a folder [that of the preset]")
-    parser.add_argument("--ablation", choices=ABLATIONS, help="a table of the paper [the systems]")
+    parser.add_argument("--ablation", choices=(*ABLATIONS, "steps"), help="a table of the paper [the systems]")
     parser.add_argument("--only", nargs="+", metavar="SYSTEM", help="some of the systems, LapFlow first [all]")
     parser.add_argument("--seeds", type=int, default=3, help="training seeds 0, 1, ... [3]")
     parser.add_argument("--steps", type=int, help="steps of LapFlow, whose FLOPs all get [those of the preset]")
@@ -374,7 +384,7 @@ def main() -> None:
     Path(args.out).mkdir(parents=True, exist_ok=True)
     planned = plan_runs(args)
     run_all(planned, args)
-    if not args.ablation:
+    if args.ablation in (None, "steps"):
         measure_times(planned, args)
     report(planned, args)
 

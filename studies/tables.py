@@ -56,9 +56,9 @@ def garments() -> str:
             f"mean ± standard deviation; {origin(every, 'hardware', 'versions')}.")
 
 
-def systems(name: str) -> str:
-    """The systems side by side on one data set."""
-    runs, times = of_one_length(name, compare.systems("digits" if name == "compare" else name))
+def systems(name: str, wanted: dict | None = None) -> str:
+    """The systems side by side on one data set; wanted: other rows, name -> settings."""
+    runs, times = of_one_length(name, wanted or compare.systems("digits" if name == "compare" else name))
     if not any(runs.values()):
         return "not measured yet"
     return compare.table(runs, {}, times)
@@ -139,6 +139,7 @@ TABLES = {"garments": garments, "presets": plan.presets, "speed": speed,
           "systems": partial(systems, "compare"), "fashion": partial(systems, "fashion"),
           "crops": partial(systems, "crops"), "ablations": partial(ablations, "ablations", "digits"),
           "fashion_ablations": partial(ablations, "fashion", "fashion"),
+          "fashion_steps": partial(systems, "fashion", {name: given for name, (given, _) in compare.STEPS.items()}),
           "gpu": gpu, "quality": partial(systems, "quality"), "variety": lambda: variety.table(lines("variety"))}
 
 

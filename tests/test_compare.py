@@ -34,14 +34,15 @@ def few_clothes(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("given", [dict(), dict(dataset="fashion"), dict(dataset="fashion", ablation="scales"), *(
+@pytest.mark.parametrize("given", [dict(), dict(dataset="fashion"), dict(dataset="fashion", ablation="scales"),
+                                   dict(dataset="fashion", ablation="steps"), *(
     dict(ablation=name, steps=500) for name in compare.ABLATIONS)], ids=str)
 def test_equal_flops_and_commands_that_make_the_same_run(given, tmp_path):
     args = arguments(tmp_path, **given)
     planned = compare.plan_runs(args)
     names = list(compare.variants(args))
     assert len(planned) == 2 * len(names) and planned[0][0] == names[0]
-    assert len({(cfg.out, cfg.noise_scale) for _, cfg in planned}) == len(planned)
+    assert len({(cfg.out, cfg.noise_scale, cfg.solver_steps) for _, cfg in planned}) == len(planned)
     first, flops = planned[0][1], {}
     if args.ablation in (None, "scales"):                   # the others count in the same way
         flops = {name: memory.step_flops(cfg, memory.quick_facts(cfg)) for name, cfg in planned[: len(names)]}
@@ -50,7 +51,7 @@ def test_equal_flops_and_commands_that_make_the_same_run(given, tmp_path):
     for name, cfg in planned:
         if flops:
             assert abs(cfg.steps * flops[name] - first.steps * flops[names[0]]) <= flops[name]
-        assert (cfg.rtol, cfg.atol, cfg.solver, cfg.batch) == (first.rtol, first.atol, "dopri5", first.batch)
+        assert (cfg.rtol, cfg.atol, cfg.solver, cfg.batch) == (first.rtol, first.atol, first.solver, first.batch)
         assert paper.resolve(vars(parser.parse_args(compare.command_of(cfg, None)))) == cfg
 
 
@@ -59,11 +60,21 @@ def test_rows_that_differ_in_sampling_share_a_training(tmp_path, monkeypatch):
     (_, plain), (_, scaled) = compare.plan_runs(arguments(tmp_path, dataset="fashion", only=names, seeds=1))
     assert plain.out == scaled.out and (plain.noise_scale, scaled.noise_scale) == ((), (1.0, 0.85, 0.85))
     given = []
-    monkeypatch.setattr(compare.load, "load_run", lambda out, device, noise_scale: given.append(noise_scale) or 1 / 0)
+    monkeypatch.setattr(compare.load, "load_run", lambda out, device: SimpleNamespace(cfg=plain))
+    monkeypatch.setattr(compare.train, "draw", lambda run, *_, **__: given.append(run.cfg.noise_scale) or 1 / 0)
     for cfg in (plain, scaled):
         with pytest.raises(ZeroDivisionError):
             compare.judged(cfg, "cpu", {})
     assert given == [(), (1.0, 0.85, 0.85)]                 # whatever the folder says
+
+
+def test_rows_of_sampling_steps_take_their_solver(tmp_path):
+    planned = compare.plan_runs(arguments(tmp_path, dataset="fashion", ablation="steps", seeds=1))
+    assert [(cfg.method, cfg.solver, cfg.solver_steps) for _, cfg in planned] == [
+        (method, "heun", steps) for method in ("lapflow", "lfm", "pyramidal") for steps in (6, 12, 24)]
+    assert len({cfg.out for _, cfg in planned}) == 3        # and share the trainings of the table
+    (_, table), = compare.plan_runs(arguments(tmp_path, dataset="fashion", only=["LapFlow"], seeds=1))
+    assert planned[0][1].out == table.out
 
 
 def test_all_systems_are_there():
@@ -245,7 +256,7 @@ def test_what_the_tables_add_to_the_lines(monkeypatch):
 
 def test_errors(give_up):
     assert "at least 1" in give_up("studies.compare", "--seeds", "0")
-    assert "is one of mask, experts, path, scales, starts, not noise" in give_up(
+    assert "is one of mask, experts, path, scales, starts, steps, not noise" in give_up(
         "studies.compare", "--dataset", "fashion", "--ablation", "noise")
 
 

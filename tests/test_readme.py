@@ -27,8 +27,8 @@ from studies import compare, tables
 PAGES = {name: (ROOT / name).read_text() for name in (
     "README.md", "docs/results.md", "docs/paper.md", "docs/scores.md", "CONTRIBUTING.md")}
 README = PAGES["README.md"]
-TABLES = {"fashion", "fashion_ablations", "crops", "garments", "presets", "speed", "systems", "ablations", "gpu",
-          "quality", "variety"}
+TABLES = {"fashion", "fashion_ablations", "fashion_steps", "crops", "garments", "presets", "speed", "systems",
+          "ablations", "gpu", "quality", "variety"}
 
 
 def section(title: str, page: str = README) -> str:
