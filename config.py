@@ -90,6 +90,7 @@ class Config:
     method: str = option("lapflow", "lapflow, or a system to compare it with: lfm, pyramidal, pyramidal-zero-overlap, "
                          "pixelflow, edify, edify-plain, dfm, separate")
     size: str = option("96,6,3,2", "S/2, B/2, L/2, XL/2, or hidden_size,depth,num_heads,patch_size")
+    patches: tuple[float, ...] = option((), "patch size of each band, like 2,4,4 (default: that of --size)")
     num_scales: int = option(2, "bands of the pyramid, K; 1 is a plain DiT")
     experts: str = option("full", "what is per band: full, qkv or none")
     mask: str = option("causal", "bands a band reads: causal (itself and coarser), none (all) or self")
@@ -166,6 +167,7 @@ class Config:
         if self.space == "latent" and self.dataset in ("digits", "fashion"):
             raise UserError(f"the dataset {self.dataset} is trained in pixels: leave out --space")
         for values, what, fits in (
+                (self.patches, "patch sizes, whole numbers", lambda patch: patch >= 1 and patch % 1 == 0),
                 (self.starts, "starts", lambda start: True),
                 (self.stage_weights, "stage weights, each above 0", lambda weight: 0 < weight < math.inf),
                 (self.noise_scale, "noise scales, none below 0", lambda scale: 0 <= scale < math.inf)):
@@ -183,6 +185,8 @@ class Config:
                     raise UserError(f"{name} belongs to LapFlow: leave it out with --method {self.method}")
         if self.method == "lfm" and self.num_scales != 1:
             raise UserError(f"LFM has one scale, not {self.num_scales}: leave out --num-scales and --starts")
+        if self.patches and self.method in ("lfm", "dfm", "separate"):
+            raise UserError(f"the patches of {self.method} are those of --size: leave out --patches")
         if self.method == "dfm" and self.stage_weights:
             raise UserError("DFM has its own weights of stages: leave out --stage-weights")
         if self.method == "dfm" and self.stages == "stratified" and self.batch < 2 * (self.num_scales - 1):

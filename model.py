@@ -11,7 +11,7 @@ The mask is never built: the keys band i may read are a prefix of all keys, so o
 
 from collections.abc import Callable
 from functools import partial
-from math import isqrt
+from math import isqrt, lcm
 
 import torch
 import torch.nn.functional as F
@@ -27,20 +27,19 @@ EXPERTS = ("full", "qkv", "none")
 MASKS = ("causal", "none", "self")
 
 
-def check_model(resolution: int, num_scales: int, p: int, experts: str, mask: str) -> None:
+def check_model(resolution: int, patches: list[int], experts: str, mask: str) -> None:
     """Raises UserError for a resolution that does not fit the patches of all bands, and for an unknown option."""
     for name, value, choices in (("experts", experts, EXPERTS), ("mask", mask, MASKS)):
         if value not in choices:
             raise UserError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")
-    step = p * 2 ** (num_scales - 1)
+    step = lcm(*(p << k for k, p in enumerate(reversed(patches))))
     if resolution < 1 or resolution % step:
-        nearest = max(step, round(resolution / step) * step)
-        raise UserError(f"a model input of {resolution} x {resolution} does not fit {num_scales} scales with patch "
-                        f"size {p}: it must be divisible by {p} * 2^{num_scales - 1} = {step}; the nearest that works "
-                        f"is {nearest}")
-    if resolution // p > 1024:
-        raise UserError(f"a model input of {resolution} x {resolution} with patch size {p} has "
-                        f"{(resolution // p) ** 2:,} tokens, and this model takes a million: use larger patches")
+        raise UserError(f"a model input of {resolution} x {resolution} does not fit {len(patches)} scales with patches "
+                        f"of {', '.join(map(str, dict.fromkeys(patches)))}: it must be divisible by {step}; the "
+                        f"nearest that works is {max(step, round(resolution / step) * step)}")
+    if (tokens := max((resolution // (p << k)) ** 2 for k, p in enumerate(reversed(patches)))) > 2**20:
+        raise UserError(f"a model input of {resolution} x {resolution} with patches of {patches[-1]} has {tokens:,} "
+                        "tokens, and this model takes a million: use larger patches")
 
 
 def sincos_positions(hidden_size: int, grid: int) -> Tensor:
@@ -182,7 +181,7 @@ class MoTDiT(nn.Module):
 
     size           a table name ("S/2", "B/2", "L/2", "XL/2", ...) or (hidden_size, depth, num_heads, patch_size)
     in_channels    C, of images or latents
-    resolution     H = W of the finest band; divisible by patch_size * 2^(K-1)
+    resolution     H = W of the finest band; that of each band is divisible by its patch size
     num_scales     K; 1 is a plain DiT
     num_classes    short for a condition of so many labels; 0 is unconditional
     experts        what is per band: full | qkv | none
@@ -191,6 +190,7 @@ class MoTDiT(nn.Module):
     condition      hidden_size -> Labels or Vectors, in place of num_classes
     block          dit, or modern: RMS norm of queries and keys, rotary positions, SwiGLU.  # not in paper
     concat_coarse  tokens of band i > 0 also see the coarser bands, summed by this pyramid.  # not in paper
+    patches        patch size of each band; (): that of `size`.  # not in paper
 
     Raises UserError for a size, a resolution or an option that does not work. The untrained model returns zeros.
     """
@@ -198,28 +198,29 @@ class MoTDiT(nn.Module):
     def __init__(self, size: str | tuple = "B/2", in_channels: int = 4, resolution: int = 32, num_scales: int = 2,
                  num_classes: int = 0, experts: str = "full", mask: str = "causal", condition_tokens: bool = True,
                  condition: Callable[[int], nn.Module] | None = None, block: str = "dit", concat_coarse: bool = False,
-                 pyramid: str = "haar"):
+                 pyramid: str = "haar", patches: tuple[int, ...] = ()):
         super().__init__()
         d, depth, num_heads, p = parse_size(size)
-        check_model(resolution, num_scales, p, experts, mask)
+        self.patches = [int(p) for p in patches] or [p] * num_scales
+        check_model(resolution, self.patches, experts, mask)
         if num_classes and condition is None:
             condition = partial(Labels, [str(label) for label in range(num_classes)])
-        self.hidden_size, self.head_dim, self.depth, self.patch_size = d, d // num_heads, depth, p
+        self.hidden_size, self.head_dim, self.depth = d, d // num_heads, depth
         self.in_channels, self.resolution, self.num_scales = in_channels, resolution, num_scales
         self.pyramid = pyramid if concat_coarse else None
         self.recompute = False                              # in backward, block by block: less memory, more time
 
-        grids = [resolution // p // 2**k for k in reversed(range(num_scales))]      # tokens along a side of each band
-        self.num_tokens = [grid**2 for grid in grids]                               # N_i
+        self.sides = [resolution >> k for k in reversed(range(num_scales))]         # H_i = W_i
+        self.num_tokens = [(side // p) ** 2 for side, p in zip(self.sides, self.patches, strict=True)]      # N_i
         self.compute_positions()
         self.patch_in = nn.ModuleList(
-            nn.Linear((1 + (concat_coarse and i > 0)) * in_channels * p * p, d) for i in range(num_scales))
+            nn.Linear((1 + (concat_coarse and i > 0)) * in_channels * p**2, d) for i, p in enumerate(self.patches))
         self.time = TimestepEmbedder(d)
         self.condition = condition(d) if condition else None
         self.num_classes = len(getattr(self.condition, "classes", ()))              # also the null label
         self.num_cond = (1 + (self.condition is not None)) if condition_tokens else 0
         self.blocks = nn.ModuleList(MoTBlock(d, num_heads, num_scales, experts, mask, block) for _ in range(depth))
-        self.patch_out = nn.ModuleList(FinalLayer(d, in_channels * p * p) for _ in grids)
+        self.patch_out = nn.ModuleList(FinalLayer(d, in_channels * p**2) for p in self.patches)
         self.initialize()
 
     def compute_positions(self) -> None:
@@ -248,17 +249,17 @@ class MoTDiT(nn.Module):
 
         y is None for an unconditional model, and means the null condition for a conditional one.
         """
-        p, inputs = self.patch_size, list(bands)
+        inputs = list(bands)
         for i, x in enumerate(bands[1:] if self.pyramid else (), 1):
             coarser = reconstruct([*bands[:i], torch.zeros_like(x)], self.pyramid)
             inputs[i] = torch.cat([x, coarser], dim=1)                              # (B, 2C, H_i, W_i)
         xs = [
-            self.patch_in[i](patchify(x, p)) + getattr(self, f"positions_{i}")      # (B, N_i, D)
+            self.patch_in[i](patchify(x, self.patches[i])) + getattr(self, f"positions_{i}")        # (B, N_i, D)
             for i, x in enumerate(inputs)
         ]
         xs, c = self.trunk(xs, self.time(t), y)
         return [
-            unpatchify(self.patch_out[i](x, c), p, *band.shape[-2:])                # (B, C, H_i, W_i)
+            unpatchify(self.patch_out[i](x, c), self.patches[i], *band.shape[-2:])  # (B, C, H_i, W_i)
             for i, (x, band) in enumerate(zip(xs, bands, strict=True))
         ]
 
@@ -289,6 +290,5 @@ class MoTDiT(nn.Module):
 
     def stage_inputs(self, stage: int, batch: int, device: torch.device | str = "cpu") -> tuple[list[Tensor], Tensor]:
         """Random bands 0..stage and times (B,), as one pass of a stage takes them: for timing and counting."""
-        sides = [self.resolution >> k for k in reversed(range(self.num_scales))][: stage + 1]
-        bands = [torch.randn(batch, self.in_channels, side, side, device=device) for side in sides]
+        bands = [torch.randn(batch, self.in_channels, side, side, device=device) for side in self.sides[: stage + 1]]
         return bands, torch.rand(batch, device=device)

@@ -96,11 +96,11 @@ class SumDiT(MoTDiT):
                  condition: Callable | None, condition_tokens: bool, block: str):
         super().__init__(size, in_channels, resolution, 1, experts="none", condition_tokens=condition_tokens,
                          condition=condition, block=block)
-        d, p, self.num_scales = self.hidden_size, self.patch_size, num_scales
+        d, (p,), self.num_scales = self.hidden_size, self.patches, num_scales
         if p % 2 ** (num_scales - 1):
             raise UserError(f"DFM cuts all {num_scales} bands into the same number of patches, so the patch size must "
                             f"be divisible by {2 ** (num_scales - 1)}, not {p}: choose another --size")
-        self.patches = [p >> k for k in reversed(range(num_scales))]
+        self.patches, self.sides = ([n >> k for k in reversed(range(num_scales))] for n in (p, resolution))
         self.num_tokens = [(resolution // p) ** 2] * num_scales
         self.patch_in = nn.ModuleList(nn.Linear(in_channels * q * q, d) for q in self.patches)
         self.patch_out = nn.ModuleList(FinalLayer(d, in_channels * q * q) for q in self.patches)

@@ -61,7 +61,7 @@ class Edify(OneImage):
 
 def network(cfg: Config, channels: int, condition: Callable | None, side: int) -> ScaleDiT:
     return ScaleDiT(cfg.size, channels, side, cfg.num_scales, condition, cfg.condition_tokens, own_patches=True,
-                    block=cfg.block)
+                    block=cfg.block, patches=cfg.patches)
 
 
 def schedule(cfg: Config) -> Edify:

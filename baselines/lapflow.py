@@ -13,7 +13,7 @@ __all__ = ["network", "schedule", "loss", "sample"]
 def network(cfg: Config, channels: int, condition: Callable | None, side: int) -> MoTDiT:
     return MoTDiT(cfg.size, channels, side, cfg.num_scales, experts=cfg.experts, mask=cfg.mask,
                   condition_tokens=cfg.condition_tokens, condition=condition, block=cfg.block,
-                  concat_coarse=cfg.concat_coarse, pyramid=cfg.pyramid)
+                  concat_coarse=cfg.concat_coarse, pyramid=cfg.pyramid, patches=cfg.patches)
 
 
 def schedule(cfg: Config) -> Schedule:

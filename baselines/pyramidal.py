@@ -84,7 +84,7 @@ class Pyramidal(trunk.OneImage):
 
 def network(cfg: Config, channels: int, condition: Callable | None, side: int) -> trunk.ScaleDiT:
     return trunk.ScaleDiT(cfg.size, channels, side, cfg.num_scales, condition, cfg.condition_tokens, own_patches=False,
-                          block=cfg.block)
+                          block=cfg.block, patches=cfg.patches)
 
 
 def schedule(cfg: Config) -> Pyramidal:

@@ -55,21 +55,22 @@ def one_image_loss(model: Callable, y: Tensor | None, u: Tensor, schedule: OneIm
 class ScaleDiT(MoTDiT):
     """model.py's blocks with one set of weights; a pass has the tokens of one scale, known by the size of its image.
 
-    own_patches   each scale has its own patch embedding and output layer; otherwise all scales share one of each, and
-                  the parameters are those of a plain DiT. The other arguments are those of MoTDiT
+    own_patches   each scale has its own patch embedding and output layer, as with `patches`; otherwise all scales share
+                  one of each, and the parameters are those of a plain DiT. The other arguments are those of MoTDiT
     """
 
     def __init__(self, size: str | tuple, in_channels: int, resolution: int, num_scales: int,
-                 condition: Callable | None, condition_tokens: bool, own_patches: bool, block: str):
+                 condition: Callable | None, condition_tokens: bool, own_patches: bool, block: str,
+                 patches: tuple[int, ...] = ()):
         super().__init__(size, in_channels, resolution, num_scales, experts="none", condition_tokens=condition_tokens,
-                         condition=condition, block=block)
-        if not own_patches:
+                         condition=condition, block=block, patches=patches)
+        if not own_patches and not patches:
             del self.patch_in[1:], self.patch_out[1:]
 
     def forward(self, bands: list[Tensor], t: Tensor, y: Tensor | None = None) -> list[Tensor]:
         """[x] -> [v]: one image x (B, C, H_i, W_i) of any scale i, at t (B,)."""
-        (x,), p = bands, self.patch_size
-        i = self.num_tokens.index(x.shape[-1] * x.shape[-2] // p**2)
+        (x,), i = bands, self.sides.index(bands[0].shape[-1])
+        p = self.patches[i]
         layer = i % len(self.patch_in)                      # scale i's, or 0: the one that all share
         tokens = self.patch_in[layer](patchify(x, p)) + getattr(self, f"positions_{i}")     # (B, N_i, D)
         (tokens,), c = self.trunk([tokens], self.time(t), y, first=i)

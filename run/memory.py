@@ -192,13 +192,14 @@ def describe(cfg: Config) -> str:
     memory = [f"{memory_bytes(model, cfg, cfg.batch // n, n) / 1e9:.1f} GB on each of {n}" for n in (1, 8)
               if cfg.batch % n == 0]
     condition = f"vectors of {facts['vectors'][1]} numbers" if facts["vectors"] else f"{len(facts['classes'])} classes"
+    patches = ", ".join(map(str, dict.fromkeys(model.patches)))
     with_vae = f", {(parameters(model) + vae) / 1e6:.1f} M with the VAE" if vae else ""
     epochs = f" = {images / count:,.1f} epochs of {count:,}" if count else ""
     lines = [
         f"preset     {find_row(cfg) or 'none'}",
         f"input      {facts['channels']} x {facts['side']} x {facts['side']}, {model.num_scales} bands, {condition}",
         f"parameters {parameters(model) / 1e6:.1f} M{with_vae}",
-        f"tokens     {tokens_by_stage(model)} by stage, from patches of {model.patch_size}",
+        f"tokens     {tokens_by_stage(model)} by stage, from patches of {patches}",
         f"GFLOPs     {', '.join(f'{n / 1e9:.4g}' for n in flops)} by stage, for one forward pass of one image; "
         f"mean {mean / 1e9:.4g}",
         f"training   {cfg.steps:,} steps of {cfg.batch} images{epochs}; {total:.2e} FLOPs",

@@ -34,6 +34,7 @@ _PAPER = dict(space="latent", stages="batch", batch=256, warmup=0, beta2=0.999, 
 _CELEBAHQ = dict(_PAPER, dataset="celebahq", size="L/2", lr=2e-4, lr_end=1e-6, ema=0.0)
 _IMAGENET = dict(_PAPER, dataset="imagenet", res=256, vae=EQ_VAE, lr=1e-4, lr_end=1e-4, ema=0.9999, keep_every=100_000)
 
+BY_BAND = ("starts", "stage_weights", "patches")            # a number for each band
 # Not in paper: what made images better at equal FLOPs (docs/results.md).
 _OURS = dict(block="modern", times="logit-normal", full_range=False, concat_coarse=True, num_scales=3,
              starts=(0, 0.5, 0.8), stage_weights=(2, 2, 1))
@@ -132,12 +133,12 @@ def resolve(given: dict) -> Config:
     name = name or nearest_preset(given)
     settings = {**PRESETS[name].settings, **given}
     if settings.get("method", "lapflow") != "lapflow":      # those of the preset are LapFlow's
-        ours = (*LAPFLOW, "starts", "stage_weights")
+        ours = (*LAPFLOW, *BY_BAND)
         settings = {key: value for key, value in settings.items() if key in given or key not in ours}
     if settings.get("method") == "lfm":
         settings["num_scales"] = given.get("num_scales", 1)
     if settings.get("num_scales") != PRESETS[name].settings.get("num_scales"):
-        settings |= {key: given.get(key, ()) for key in ("starts", "stage_weights")}        # the preset's are for its K
+        settings |= {key: given.get(key, ()) for key in BY_BAND}                # the preset's are for its K
     if settings.get("space") == "pixel":
         settings["vae"] = given.get("vae", "")
     elif settings.get("space") == "latent" and ("res" in given or not settings.get("vae")):

@@ -52,6 +52,8 @@ SYSTEMS = {"LapFlow": {}, "LFM": {"method": "lfm"}, "Pyramidal Flow": {"method":
 IMAGES = {                                                  # rate and options: chosen on Fashion-MNIST, LOG.md
     **SYSTEMS, "LapFlow, shared weights": {"experts": "none"},                  # as many parameters as LFM
     "LapFlow, two scales": {"num_scales": 2},
+    "LapFlow, 16 coarse tokens": {"patches": (2.0, 4.0, 4.0)},                  # in place of four
+    "Pyramidal Flow, 16 coarse tokens": {"method": "pyramidal", "patches": (2.0, 4.0, 4.0)},
     "Pyramidal Flow, stages 2:2:1": {"method": "pyramidal", "stage_weights": (2.0, 2.0, 1.0)},
     "LapFlow, finer noise x 0.85": {"noise_scale": (1.0, 0.85, 0.85)},          # each at its best scale
     "LFM, noise x 0.95": {"method": "lfm", "noise_scale": (0.95,)},

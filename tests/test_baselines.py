@@ -482,6 +482,19 @@ def test_what_a_system_would_ignore_is_refused(name, value):
             config(method, **{name: value})
 
 
+@pytest.mark.parametrize("method", ["pyramidal", "edify"])
+def test_scales_with_patches_of_their_own_are_told_apart(method):
+    """Two scales of 16 tokens each: an image goes through the layers of its own size, and no others."""
+    model = network(config(method, 3, size="48,2,3,2", patches=(1.0, 2.0, 2.0)))
+    assert model.num_tokens[:2] == [16, 16] and len(model.patch_in) == len(model.patch_out) == 3
+    for i, side in enumerate(model.sides):
+        for layer in (*model.patch_in, *model.patch_out):
+            layer.requires_grad_(False)
+        used = [model.patch_in[i].weight.requires_grad_(), model.patch_out[i].linear.weight.requires_grad_()]
+        (v,) = model([torch.randn(2, model.in_channels, side, side)], torch.rand(2))
+        assert v.shape[-1] == side and all(g.abs().sum() > 0 for g in torch.autograd.grad(v.square().sum(), used))
+
+
 def test_dfm_needs_a_patch_size_it_can_halve():
     with pytest.raises(UserError, match="divisible by 4, not 2"):
         network(config("dfm", 3, size="48,2,3,2"))

@@ -208,6 +208,25 @@ def test_a_finer_band_sees_the_coarser_image_at_its_place():
     assert plain.patch_in[1].weight.shape[1] * 2 == model.patch_in[1].weight.shape[1]
 
 
+def test_each_band_has_its_own_patches():
+    """Bands of 4, 8 and 16 pixels in patches of 1, 4 and 2: 16, 4 and 64 tokens."""
+    model = random_model(patches=(1, 4, 2), block="modern")
+    bands, seen = random_bands(model), {}
+    for i, layer in enumerate(model.patch_in):
+        layer.register_forward_hook(lambda _, inputs, out, i=i: seen.update({i: inputs[0]}))
+    whole = model(bands, TIMES, LABELS)
+    assert model.num_tokens == [16, 4, 64] and [v.shape for v in whole] == [band.shape for band in bands]
+    assert all(torch.equal(seen[i], patchify(bands[i], p)) for i, p in enumerate((1, 4, 2)))
+    for count in (1, 2):                                    # coarse bands are as they were
+        for a, b in zip(model(bands[:count], TIMES, LABELS), whole, strict=False):
+            assert torch.allclose(a, b, atol=1e-6)
+    same, plain = random_model(patches=(2, 2, 2)), random_model()
+    for a, b in zip(same(random_bands(same), TIMES, LABELS), plain(random_bands(plain), TIMES, LABELS), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(UserError, match="3 scales with patches of 8, 2: it must be divisible by 32; .* works is 32$"):
+        random_model(patches=(8, 2, 2))
+
+
 def test_patches_are_cut_and_joined():
     x = torch.arange(2 * 3 * 8 * 4.0).view(2, 3, 8, 4)
     tokens = patchify(x, 2)
@@ -234,7 +253,7 @@ def meta(*arguments, **settings) -> MoTDiT:
 
 
 def count_parameters(model: MoTDiT, experts: str, num_classes: int) -> int:
-    d, k, patch = model.hidden_size, model.num_scales, model.in_channels * model.patch_size**2
+    d, k, patch = model.hidden_size, model.num_scales, model.in_channels * model.patches[0] ** 2
     full, qkv = (k if experts == "full" else 1), (k if experts != "none" else 1)
     block = qkv * (3 * d * d + 3 * d) + full * (15 * d * d + 12 * d)            # 15 = modulation 6, proj 1, mlp 8
     embed = (256 * d + d) + (d * d + d) + ((num_classes + 1) * d if num_classes else 0)
@@ -254,7 +273,7 @@ def attention_pairs(model: MoTDiT, mask: str, stage: int) -> int:
 
 def count_flops(model: MoTDiT, experts: str, mask: str, stage: int) -> int:
     """Matrix products of one forward pass of one image, two FLOPs for each multiply-add."""
-    d, patch, bands = model.hidden_size, model.in_channels * model.patch_size**2, stage + 1
+    d, patch, bands = model.hidden_size, model.in_channels * model.patches[0] ** 2, stage + 1
     tokens, full = sum(model.num_tokens[:bands]), bands if experts == "full" else 1
     block = (tokens + model.num_cond) * 12 * d * d + 2 * attention_pairs(model, mask, stage) * d + full * 6 * d * d
     return 2 * (model.depth * block + tokens * 2 * patch * d + bands * 2 * d * d + (256 * d + d * d))
@@ -321,7 +340,7 @@ def test_sizes():
 def test_a_resolution_that_does_not_fit_says_which_is_nearest():
     with pytest.raises(UserError, match="nearest that works is 32"):
         MoTDiT("S/2", resolution=30, num_scales=3)
-    with pytest.raises(UserError, match="divisible by 2 \\* 2\\^2 = 8"):
+    with pytest.raises(UserError, match="3 scales with patches of 2: it must be divisible by 8"):
         MoTDiT("S/2", resolution=4, num_scales=3)
     for option in ("experts", "mask"):
         with pytest.raises(UserError, match=option):

@@ -244,10 +244,11 @@ def test_settings_that_do_not_change_training_are_free():
                 rtol=0.1, atol=0.1, cfg_scale=2.0, noise_scale=(1.0, 0.9), num_samples=9, sample_every=9, eval_every=9,
                 log_every=9, logger="tensorboard", save_every=9, keep=9, keep_every=9)
     fixed = dict(dataset="folder", res=16, condition="vectors", vae="V", flip=False, skip_bad=True, init="I", seed=3,
-                 size="32,2,2,2", experts="none", mask="none", condition_tokens=False, block="modern",
-                 concat_coarse=True, starts=(0.0, 0.2), path="gvp", times="logit-normal", stage_weights=(1.0, 3.0),
-                 noise="independent", stages="batch", full_range=False, batch=64, lr=0.5, lr_end=0.5, warmup=9,
-                 beta2=0.5, weight_decay=0.5, clip=0.5, label_drop=0.5, ema=0.5, precision="bfloat16")
+                 size="32,2,2,2", patches=(1.0, 2.0), experts="none", mask="none", condition_tokens=False,
+                 block="modern", concat_coarse=True, starts=(0.0, 0.2), path="gvp", times="logit-normal",
+                 stage_weights=(1.0, 3.0), noise="independent", stages="batch", full_range=False, batch=64, lr=0.5,
+                 lr_end=0.5, warmup=9, beta2=0.5, weight_decay=0.5, clip=0.5, label_drop=0.5, ema=0.5,
+                 precision="bfloat16")
     others = {"space", "method", "num_scales", "pyramid", "solver", "solver_steps"}     # change with another setting
     assert {*free, *fixed, *others} == {field.name for field in dataclasses.fields(Config)}
     for name, value in {**free, **fixed}.items():

@@ -216,6 +216,14 @@ def test_concat_coarse(trained):
     assert [layer.weight.shape[1] for layer in trained(**PLAIN).model.patch_in] == [4, 4]
 
 
+@setting("patches")
+def test_patches(trained):
+    """Of 4 and of 8 pixels a side: 4 and 64 tokens, in place of 4 and 16."""
+    run = trained(patches=(2.0, 1.0), recompute=False, steps=1)
+    assert [layer.weight.shape[1] for layer in run.model.patch_in] == [4, 2]    # with the coarser image beside band 1
+    assert run.model.num_tokens == [4, 64] and trained().model.num_tokens == [4, 16]
+
+
 @setting("times")
 def test_times(trained):
     """Sigmoids of normal numbers lie within [1/4, 3/4] with a probability of 0.73, uniform ones with 0.5."""
@@ -936,12 +944,13 @@ def test_fid_draws_with_its_flags(folders, monkeypatch):
 
 
 def test_each_flag_sets_its_setting_and_no_other(monkeypatch):
-    values = {**ODD, "dataset": "folder", "data": "D", "res": 24, "condition": "vectors", "space": "latent", "vae": "V",
-              "latents": "L", "flip": False, "skip_bad": True, "init": "I", "out": "O", "method": "separate",
-              "num_scales": 3, "pyramid": "haar", "stages": "batch", "stage_weights": (1.0, 3.0), "compile": True,
-              "precision": "bfloat16", "shard": True, "solver": "heun", "rtol": 0.3, "atol": 0.2, "solver_steps": 9,
-              "cfg_scale": 1.7, "noise_scale": (1.0, 0.5), "num_samples": 11, "sample_every": 12, "eval_every": 13,
-              "logger": "tensorboard", "keep": 14, "keep_every": 15}
+    values = {**ODD, "dataset": "folder", "data": "D", "res": 24, "condition": "vectors", "space": "latent",
+              "vae": "V", "latents": "L", "flip": False, "skip_bad": True, "init": "I", "out": "O",
+              "method": "separate", "num_scales": 3, "patches": (2.0, 1.0), "pyramid": "haar", "stages": "batch",
+              "stage_weights": (1.0, 3.0), "compile": True, "precision": "bfloat16", "shard": True, "solver": "heun",
+              "rtol": 0.3, "atol": 0.2, "solver_steps": 9, "cfg_scale": 1.7, "noise_scale": (1.0, 0.5),
+              "num_samples": 11, "sample_every": 12, "eval_every": 13, "logger": "tensorboard", "keep": 14,
+              "keep_every": 15}
     assert values.keys() == {field.name for field in dataclasses.fields(Config)}
     free, pair = Config(out="O"), {"solver", "solver_steps"}                   # these two go together
     for name, value in values.items():

@@ -460,6 +460,8 @@ def test_an_unknown_device_is_an_error(tmp_path):
     (dict(precision="half"), "precision"),
     (dict(batch=1), "stratified stages need a batch of at least 2"),
     (dict(batch=4, stage_weights=(4, 1)), "a batch of at least 5 images, one for each stage, not 4"),
+    (dict(patches=(2, 0.5)), "2 scales need 2 patch sizes, whole numbers, not 2.0,0.5"),
+    (dict(patches=(2, 2), method="dfm"), "the patches of dfm are those of --size: leave out --patches"),
     (dict(stage_weights=(1, 1, 2)), "2 scales need 2 stage weights, each above 0, not 1.0,1.0,2.0"),
     (dict(stage_weights=(1, 0)), "2 scales need 2 stage weights, each above 0"),
     (dict(noise_scale=(1, 0.9, 0.9)), "2 scales need 2 noise scales, none below 0, not 1.0,0.9,0.9"),
