@@ -122,6 +122,15 @@ def test_what_the_text_says_of_the_garments_is_on_the_card_of_their_weights():
     assert text.format(*distance, *agreement) in PAGES["docs/results.md"].replace("\n", " ")
 
 
+def test_what_the_readme_says_of_photographs_is_in_the_results():
+    names = ("LFM", "Pyramidal Flow", "LapFlow", "LapFlow, 16 coarse tokens")
+    runs, _ = tables.of_one_length("crops", {name: compare.IMAGES[name] for name in names})
+    numbers = [statistics.mean(row["frechet"] for row in runs[name]) for name in names]
+    text = "LFM ({:.2f}) and Pyramidal Flow ({:.2f}) are ahead of LapFlow ({:.2f}), unless its coarsest band has 16 tokens"
+    assert text.format(*numbers) in README and f"not four: {numbers[-1]:.2f}." in README
+    assert max(numbers[:2]) < numbers[2] and numbers[-1] < numbers[0]
+
+
 def test_the_standard_errors_between_systems_are_those_of_the_results():
     names = ("LFM", "Pyramidal Flow", "PixelFlow", "EdifyImage", "LapFlow, two scales")
     scaled, others, cold = "LapFlow, finer noise x 0.85", "Pyramidal Flow, finer noise x 0.9", "LFM, noise x 0.95"
