@@ -103,17 +103,22 @@ def draw_upsampled(path: Path, run: load.Run, number: int = 15) -> None:
 # what took hours
 
 
+SIDE_BY_SIDE = {
+    "systems": dict(dataset="fashion", data=None, res=None, only=[
+        "LapFlow", "LFM", "Pyramidal Flow", "PixelFlow", "EdifyImage", "DFM", "LapFlow, as in the paper"]),
+    "crops": dict(dataset="folder", data="out/crops32", res=32, only=[
+        "LapFlow", "LapFlow, 16 coarse tokens", "LFM", "Pyramidal Flow"])}
+
+
 def draw_systems(path: Path, folder: Path) -> None:
     """A row of samples for each system of studies.compare. Raises UserError when its runs are not there."""
-    only = ["LapFlow", "LFM", "Pyramidal Flow", "PixelFlow", "EdifyImage", "DFM", "LapFlow, as in the paper"]
-    args = Namespace(dataset="fashion", data=None, ablation=None, only=only, seeds=1, steps=2358, size=None, res=None,
-                     out=folder)
+    args = Namespace(**SIDE_BY_SIDE[path.stem], ablation=None, seeds=1, steps=2358, size=None, out=folder)
     with contextlib.redirect_stdout(io.StringIO()):
         planned = compare.plan_runs(args)
     missing = [name for name, cfg in planned if not any(Path(cfg.out).glob("step-*.pt"))]
     if missing:
         raise UserError(f"{path.name} stays as it is: {folder} lacks {len(missing)} of the {len(planned)} runs, "
-                        f"hours of python -m studies.compare --dataset fashion --steps {args.steps}")
+                        f"hours of python -m studies.compare --dataset {args.dataset} --steps {args.steps}")
     compare.draw_samples(path, planned, "cpu")
 
 
@@ -154,7 +159,7 @@ OF_GARMENTS = {"hero": hero.hero, "generation": hero.generation, "trajectory": d
                "refined": lambda path, run: causal(path, run, "refine", "--numbers", "3,17,22"),
                "variations": lambda path, run: causal(path, run, "vary", "--number", 17, "--num", 8),
                "upsampled": draw_upsampled}
-NAMES = (*OF_GARMENTS, *OF_DIGITS, *PLAIN, "systems")
+NAMES = (*OF_GARMENTS, *OF_DIGITS, *PLAIN, *SIDE_BY_SIDE)
 
 
 def main() -> None:
@@ -174,7 +179,7 @@ def main() -> None:
     for name in args.only or NAMES:
         path, began = out / f"{name}.{'gif' if name == 'generation' else 'png'}", time.perf_counter()
         try:
-            if name == "systems":
+            if name in SIDE_BY_SIDE:
                 draw_systems(path, Path(args.compare))
             elif name in PLAIN:
                 PLAIN[name](path)
@@ -183,7 +188,7 @@ def main() -> None:
             else:
                 OF_GARMENTS[name](path, garments())
         except UserError as problem:
-            if name != "systems" or args.only:
+            if name not in SIDE_BY_SIDE or args.only:
                 raise
             print(problem)                                  # all the others can be drawn without an hour of training
             continue
