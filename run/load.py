@@ -193,6 +193,8 @@ def restore_model(cfg: Config, facts: dict, weights: dict, folder: Path, device:
     wrong = latents.what_is_wrong(facts, facts.get("latent"))
     if not wrong and facts.get("latent") is None and facts["side"] != cfg.res:
         wrong = ["side"]
+    if not wrong and facts["classes"] and facts.get("vectors"):
+        wrong = ["classes", "vectors"]
     if wrong:
         raise UserError(f"{folder} is not a run of train.py: its data facts {', '.join(wrong)} are impossible")
     model = build_model(cfg, facts, device="meta")          # no numbers in a file ask for memory: its weights do

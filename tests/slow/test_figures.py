@@ -47,7 +47,8 @@ def check(path, most=150_000):
 
 
 def test_every_name_has_a_function_and_every_picture_of_the_readme_a_name():
-    assert sorted([*figures.PLAIN, *figures.OF_DIGITS, *figures.OF_GARMENTS, "systems"]) == sorted(figures.NAMES)
+    assert sorted([*figures.PLAIN, *figures.OF_DIGITS, *figures.OF_GARMENTS, *figures.SIDE_BY_SIDE]) == sorted(
+        figures.NAMES)
     pages = "".join((ROOT / name).read_text() for name in ("README.md", "docs/results.md"))
     pictures = re.findall(r"\]\((?:docs/)?([\w-]+)\.(?:png|gif)\)", pages)
     assert len(set(pictures)) > 10 and set(pictures) <= {*figures.NAMES, "demo"}     # of docs.demo_pictures

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -437,6 +437,7 @@ def test_a_whole_export_is_read(export, vector_export):
 
 
 @cases(2000)
+@example({}, {}, {"classes": ["a"]}, True)                  # conditions of two kinds
 @given(changes(["lapflow", "step", "weights", "config", "data"], 1), changes(SETTINGS, 2),
        changes(["channels", "side", "classes", "vectors", "latent"], 2), st.booleans())
 def test_configurations_of_exports(export, vector_export, tmp_path_factory, facts, given_settings, given_data, vectors):
