@@ -69,7 +69,8 @@ class ScaleDiT(MoTDiT):
 
     def forward(self, bands: list[Tensor], t: Tensor, y: Tensor | None = None) -> list[Tensor]:
         """[x] -> [v]: one image x (B, C, H_i, W_i) of any scale i, at t (B,)."""
-        (x,), i = bands, self.sides.index(bands[0].shape[-1])
+        (x,) = bands
+        i = self.sides.index(x.shape[-1])
         p = self.patches[i]
         layer = i % len(self.patch_in)                      # scale i's, or 0: the one that all share
         tokens = self.patch_in[layer](patchify(x, p)) + getattr(self, f"positions_{i}")     # (B, N_i, D)
