@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import shutil
+import sys
 from itertools import product
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 
 from conftest import ROOT
 from scores import classifier
+from studies import bench
 
 QUICK = ["--size", "32,2,2,2", "--steps", "6", "--batch", "16", "--solver", "midpoint", "--solver-steps", "4"]
 
@@ -182,6 +184,8 @@ def test_every_command_of_the_pages_runs(program, tmp_path, monkeypatch):
     """In their order, in one directory, where the digits are the newest run as a page begins. Training is shortened."""
     make_inputs(tmp_path)
     monkeypatch.setitem(classifier.SETTINGS, "most", 20)
+    for name, value in (("WIDTH", 32), ("DEPTH", 1), ("HEADS", 2)):                 # of what is timed
+        monkeypatch.setattr(bench, name, value)
     pages = {page: commands_of(page) for page in ("README.md", "docs/scores.md", "docs/paper.md", "docs/results.md")}
     assert {"python train.py", "python sample.py", "python fid.py", "python -m studies.plan"} <= {
         command for commands in pages.values() for command in commands}
@@ -201,4 +205,8 @@ def test_every_command_of_the_pages_runs(program, tmp_path, monkeypatch):
             if "--dataset folder" in command:
                 arguments += ["--size", "32,2,2,4"]         # larger images, fewer tokens
             print(name, *arguments)
-            program(name, *arguments)
+            if name == "studies.bench":                     # of a small network: imported, so that its size is ours
+                monkeypatch.setattr(sys, "argv", [name, *arguments])
+                bench.main()
+            else:
+                program(name, *arguments)

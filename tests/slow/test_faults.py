@@ -45,6 +45,7 @@ from run.ranks import StopSignals
 # kills and signals
 
 TRIES = int(os.environ.get("LAPFLOW_TRIES", 5))             # 50 by hand, before a change of checkpoints is shared
+STEPS = max(80, 5 * TRIES)
 
 
 def newest(cfg: Config) -> int:
@@ -83,7 +84,7 @@ def attempt(cfg: Config, signals: list, early: bool = True) -> int:
 def attempts(tmp_path, draw_signals, count: int) -> tuple[Config, Config, dict]:
     """A run that nothing disturbs, and one with so many attempts, the last left alone."""
     random.seed(0)
-    whole, broken = (tiny(tmp_path, name, steps=250, save_every=1) for name in ("whole", "broken"))
+    whole, broken = (tiny(tmp_path, name, steps=STEPS, save_every=1) for name in ("whole", "broken"))
     assert attempt(whole, []) == 0
     ends, saved, inside = [], [], 0
     for number in range(count):
@@ -102,9 +103,9 @@ def test_kills_at_random_moments_change_nothing(tmp_path):
     assert done["saved"] == sorted(done["saved"])           # nothing saved was lost again
     assert done["saved"][-1] > TRIES // 3
     assert done["last"] == 0 and (done["inside"] or TRIES < 50)                 # some came in the midst of a write
-    assert state(whole)["step"] == state(broken)["step"] == 250
+    assert state(whole)["step"] == state(broken)["step"] == STEPS
     assert same(state(whole)["model"], state(broken)["model"]) and same(state(whole)["ema"], state(broken)["ema"])
-    assert losses(whole.out) == losses(broken.out) and len(losses(whole.out)) == 250
+    assert losses(whole.out) == losses(broken.out) and len(losses(whole.out)) == STEPS
     FAULTS.append(("kill -9", TRIES, TRIES, f"no checkpoint; {done['inside']} inside a write"))
 
 
@@ -260,22 +261,22 @@ def test_a_write_that_is_refused_leaves_the_previous_checkpoint(tmp_path, monkey
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 def test_two_hundred_epochs_need_no_more_memory_than_twenty(tmp_path, monkeypatch):
-    """200 epochs of 64 image files with a small network: memory and open files, epoch by epoch."""
+    """200 epochs of 32 image files with a small network: memory and open files, epoch by epoch."""
     usage, update = [], train.update_ema
-    for i in range(64):
+    for i in range(32):
         (tmp_path / "images" / str(i % 2)).mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (8, 8)).astype(np.uint8)).save(
             tmp_path / "images" / str(i % 2) / f"{i}.png")
 
     def look(ema, model, decay, step):
         update(ema, model, decay, step)
-        if (step + 1) % 4 == 0:                             # 4 x 16 images are an epoch
+        if (step + 1) % 2 == 0:                             # 2 x 16 images are an epoch
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             usage.append((pages * os.sysconf("SC_PAGE_SIZE") / 1e6, len(os.listdir("/proc/self/fd"))))
 
     monkeypatch.setattr(train, "update_ema", look)
-    train.train(tiny(tmp_path, dataset="folder", data=str(tmp_path / "images"), res=8, steps=800, save_every=40,
-                    log_every=20), device="cpu")
+    train.train(tiny(tmp_path, dataset="folder", data=str(tmp_path / "images"), res=8, steps=400, save_every=20,
+                    log_every=10), device="cpu")
     early, late = usage[19], usage[-1]
     assert len(usage) == 200 and late[0] - early[0] < 6 and late[1] == early[1]
     FAULTS.append(("200 epochs", 1, 1, f"memory {late[0] - early[0]:+.1f} MB, open files {late[1] - early[1]:+d}"))

@@ -10,7 +10,7 @@ from PIL import Image
 
 import train
 from config import UserError
-from conftest import ROOT, random_model, tiny
+from conftest import ROOT, random_model, run_here, tiny
 from docs import figures, hero, steps
 from run import load
 
@@ -77,7 +77,8 @@ def test_the_animation(tmp_path, run):
     assert all((a != b).any() for a, b in zip(last, last[1:], strict=False))
 
 
-def test_pictures_of_generated_images(draw, run):
+def test_pictures_of_generated_images(draw, run, monkeypatch, tmp_path):
+    monkeypatch.setattr(figures, "command", lambda _, module, *words: run_here(monkeypatch, tmp_path, module, *words))
     for path in draw("samples", "previews", "refined", "variations", "upsampled", run=run.folder):
         assert np.asarray(Image.open(path).convert("L")).std() > 5
 
