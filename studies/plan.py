@@ -8,6 +8,7 @@ days are computed for a share of the GPU's peak.
 """
 
 import dataclasses
+import functools
 
 import config
 from config import Config, parse_size
@@ -15,9 +16,13 @@ from run import memory
 from run.paper import PRESETS
 from studies.output import markdown
 
+TRAINING = ("starts", "path", "steps", "lr", "lr_end", "ema", "keep_every", "cfg_scale")        # no FLOPs of a pass
 
-def flops_by_stage(cfg: Config) -> list[int]:
+
+@functools.cache
+def flops_by_stage(**settings) -> list[int]:
     """Of a forward pass of one image. All blocks cost the same: torch counts networks of one and of two."""
+    cfg = Config(**settings)
     width, depth, heads, patch = parse_size(cfg.size)
     counts = [memory.forward_flops(memory.meta_model(dataclasses.replace(
         cfg, size=f"{width},{blocks},{heads},{patch}"), memory.paper_facts(cfg))) for blocks in (1, 2)]
@@ -31,12 +36,11 @@ def presets() -> str:
             f"days on 8 H200 at {memory.ASSUMED_MFU:.0%} of the peak, computed (paper)", "paper: FID-50k", "NFE",
             "s / image", "ours"]
     table = []
-    for name, preset in PRESETS.items():
-        cfg, paper = Config(**preset.settings), preset.paper
-        if not paper:
-            continue
-        model, mean = memory.meta_model(cfg, memory.paper_facts(cfg)), memory.mean_of_stages(cfg, flops_by_stage(cfg))
-        vae = memory.VAE_PARAMETERS if cfg.space == "latent" else 0
+    for name, settings, paper in ((name, row.settings, row.paper) for name, row in PRESETS.items() if row.paper):
+        cfg = Config(**settings)
+        model, vae = memory.meta_model(cfg, memory.paper_facts(cfg)), memory.VAE_PARAMETERS * (cfg.space == "latent")
+        mean = memory.mean_of_stages(cfg, flops_by_stage(**{
+            key: value for key, value in settings.items() if key not in TRAINING}))
         days = 3 * mean * cfg.batch * cfg.steps / (8 * memory.PEAK["H200"] * memory.ASSUMED_MFU) / 86400
         texts = {"parameters": f"{(memory.parameters(model) + vae) / 1e6:.0f}", "days": f"{days:.2g}",
                  "memory": f"{memory.memory_bytes(model, cfg, cfg.batch // 8, world=8) / 1e9:.0f}"}

@@ -33,7 +33,7 @@ def test_it_draws_the_digits_that_were_asked_for(tmp_path):
     from sklearn.datasets import load_digits
     from sklearn.svm import SVC
 
-    shorter = SOURCE.replace("steps = 600", "steps = 350")   # for the time; 600 are better still
+    shorter = SOURCE.replace("steps = 600", "steps = 300")   # for the time; 600 are better still
     assert shorter != SOURCE
     process = subprocess.run([sys.executable, "-c", shorter], cwd=tmp_path, capture_output=True, text=True, timeout=240,
                              env={"OMP_NUM_THREADS": "2", **os.environ, "PYTHONPATH": str(ROOT)})

@@ -94,7 +94,7 @@ def test_the_closed_forms_are_what_torch_counts(name):
     """At full depth, where plan counts one and two blocks."""
     cfg = Config(**PRESETS[name].settings)
     model = memory.meta_model(cfg, memory.paper_facts(cfg))
-    assert memory.forward_flops(model) == count_flops(cfg) == plan.flops_by_stage(cfg)
+    assert memory.forward_flops(model) == count_flops(cfg) == plan.flops_by_stage(**PRESETS[name].settings)
     assert memory.parameters(model) == count_parameters(cfg)
 
 
