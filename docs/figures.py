@@ -104,15 +104,15 @@ def draw_upsampled(path: Path, run: load.Run, number: int = 15) -> None:
 
 
 SIDE_BY_SIDE = {
-    "systems": dict(dataset="fashion", data=None, res=None, only=[
+    "systems": dict(dataset="fashion", data=None, res=None, steps=2358, only=[
         "LapFlow", "LFM", "Pyramidal Flow", "PixelFlow", "EdifyImage", "DFM", "LapFlow, as in the paper"]),
-    "crops": dict(dataset="folder", data="out/crops32", res=32, only=[
-        "LapFlow", "LapFlow, 16 coarse tokens", "LFM", "Pyramidal Flow"])}
+    "crops": dict(dataset="folder", data="out/crops32", res=32, steps=1687, only=[
+        "LapFlow", "LapFlow, 4 coarse tokens", "LFM", "Pyramidal Flow"])}
 
 
 def draw_systems(path: Path, folder: Path) -> None:
     """A row of samples for each system of studies.compare. Raises UserError when its runs are not there."""
-    args = Namespace(**SIDE_BY_SIDE[path.stem], ablation=None, seeds=1, steps=2358, size=None, out=folder)
+    args = Namespace(**SIDE_BY_SIDE[path.stem], ablation=None, seeds=1, size=None, out=folder)
     with contextlib.redirect_stdout(io.StringIO()):
         planned = compare.plan_runs(args)
     missing = [name for name, cfg in planned if not any(Path(cfg.out).glob("step-*.pt"))]

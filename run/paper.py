@@ -58,7 +58,8 @@ PRESETS = {
                                precision="bfloat16", compile=True, num_samples=2000)),
     "folder": Preset(dict(_OURS, dataset="folder", res=64, size="192,6,3,4", batch=32, steps=20000, lr=1e-3,
                           lr_end=1e-5, ema=0.999, num_samples=64, save_every=1000)),
-    "folder-32": Preset(dict(_OURS, dataset="folder", res=32, size="96,4,3,4", steps=4700, lr=2e-2, num_samples=1500)),
+    "folder-32": Preset(dict(_OURS, dataset="folder", res=32, size="96,4,3,4", patches=(2, 4, 4), steps=3360, lr=2e-2,
+                             num_samples=1500)),            # 16 tokens in the coarsest band, as at 64 x 64
     # Table 1 and appendix G
     "celebahq-256": _256,
     "celebahq-512": _512,
@@ -104,8 +105,7 @@ def find_row(cfg: Config) -> str:
     """The preset that trains, with any seed, what this configuration trains; "" when none does."""
     for name, preset in PRESETS.items():
         row = Config(**preset.settings)
-        same = not set(differences(cfg, row)) - {"seed"}
-        if same and (cfg.steps, cfg.cfg_scale) == (row.steps, row.cfg_scale):
+        if set(differences(cfg, row)) <= {"seed"} and (cfg.steps, cfg.cfg_scale) == (row.steps, row.cfg_scale):
             return name
     return ""
 
@@ -139,6 +139,7 @@ def resolve(given: dict) -> Config:
         settings["num_scales"] = given.get("num_scales", 1)
     if settings.get("num_scales") != PRESETS[name].settings.get("num_scales"):
         settings |= {key: given.get(key, ()) for key in BY_BAND}                # the preset's are for its K
+    settings |= {"patches": given.get("patches", ())} if "size" in given else {}    # --size names one for all bands
     if settings.get("space") == "pixel":
         settings["vae"] = given.get("vae", "")
     elif settings.get("space") == "latent" and ("res" in given or not settings.get("vae")):

@@ -21,8 +21,7 @@ def band_colour(i: int, num_scales: int) -> str:
 
 
 def band_name(i: int, num_scales: int) -> str:
-    between = "middle" if num_scales == 3 else f"band {i}"
-    return "coarse" if i == 0 else "fine" if i == num_scales - 1 else between
+    return "coarse" if i == 0 else "fine" if i == num_scales - 1 else "middle" if num_scales == 3 else f"band {i}"
 
 
 def pyplot() -> ModuleType:

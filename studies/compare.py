@@ -52,13 +52,13 @@ SYSTEMS = {"LapFlow": {}, "LFM": {"method": "lfm"}, "Pyramidal Flow": {"method":
 IMAGES = {                                                  # rate and options: chosen on Fashion-MNIST, LOG.md
     **SYSTEMS, "LapFlow, shared weights": {"experts": "none"},                  # as many parameters as LFM
     "LapFlow, two scales": {"num_scales": 2},
-    "LapFlow, 16 coarse tokens": {"patches": (2.0, 4.0, 4.0)},                  # in place of four
-    "Pyramidal Flow, 16 coarse tokens": {"method": "pyramidal", "patches": (2.0, 4.0, 4.0)},
     "Pyramidal Flow, stages 2:2:1": {"method": "pyramidal", "stage_weights": (2.0, 2.0, 1.0)},
     "LapFlow, finer noise x 0.85": {"noise_scale": (1.0, 0.85, 0.85)},          # each at its best scale
     "LFM, noise x 0.95": {"method": "lfm", "noise_scale": (0.95,)},
     "Pyramidal Flow, finer noise x 0.9": {"method": "pyramidal", "noise_scale": (1.0, 0.9, 0.9)},
     "LapFlow, as in the paper": dict(num_scales=2, block="dit", times="uniform", full_range=True, concat_coarse=False)}
+FOLDERS_OF_32 = {**IMAGES, "LapFlow, 4 coarse tokens": {"patches": ()},         # in place of 16
+                 "Pyramidal Flow, 16 coarse tokens": {"method": "pyramidal", "patches": (2.0, 4.0, 4.0)}}
 ABLATIONS = {
     "mask": {"causal": ({}, 3.53), "none": ({"mask": "none"}, 3.91), "self": ({"mask": "self"}, 5.19)},
     "starts": {"T = 0.5": ({}, 3.53), "T = 0.1": ({"starts": (0.0, 0.1)}, 5.12),
@@ -91,7 +91,7 @@ COLUMNS = {"frechet_pixel": ("FD", 3), "frechet": ("FD, classifier", 2),
 
 def systems(dataset: str) -> dict[str, dict]:
     """name -> settings of what is compared on a data set."""
-    return SYSTEMS if dataset == "digits" else IMAGES
+    return {"digits": SYSTEMS, "fashion": IMAGES}.get(dataset, FOLDERS_OF_32)
 
 
 def set_name(args: argparse.Namespace) -> str:
@@ -139,8 +139,8 @@ def plan_runs(args: argparse.Namespace) -> list[tuple[str, Config]]:
 
 
 def command_of(cfg: Config, device: str | None) -> list[str]:
-    """The train.py of a configuration: the flags in which it differs from the defaults of its data and method."""
-    given = {"dataset": cfg.dataset, "method": cfg.method}
+    """The train.py of a configuration: what chooses its preset, and the flags in which it differs from that."""
+    given = {name: getattr(cfg, name) for name in ("dataset", "method", "res", "size")}
     standard = paper.resolve(given).to_dict()
     changed = {name: value for name, value in cfg.to_dict().items() if value != standard[name]}
     return [*config.flags(given), *config.flags(changed), *(["--device", device] if device else [])]

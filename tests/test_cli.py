@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import config
+import train
 from conftest import ROOT
 from scores import classifier
 from studies import bench
@@ -159,6 +161,18 @@ def commands_of(page: str) -> list[str]:
     return [line for line in lines if line.startswith("python ") and "DIR" not in line.split()      # the reader's data
             and "studies.compare" not in line               # many trainings: tests/test_compare.py runs it
             and "extras.demo" not in line]                  # a server, until it is stopped: slow/test_demo_page.py
+
+
+def test_fine_tuning_on_the_pages_keeps_the_network(monkeypatch):
+    """As its commands stand there: the shortened ones below all have one size."""
+    runs = {}
+    monkeypatch.setattr(train, "train", lambda cfg, *_: runs.update({cfg.out: cfg}))
+    for command in commands_of("docs/paper.md"):
+        if "train.py" in command and "--dry-run" not in command:
+            monkeypatch.setattr(sys, "argv", shlex.split(command)[1:])
+            train.main()
+    (tuned,) = (cfg for cfg in runs.values() if cfg.init)
+    assert tuned.init in runs and set(config.differences(tuned, runs[tuned.init])) <= {"data", "res", "init"}
 
 
 def make_inputs(folder) -> None:

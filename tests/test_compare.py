@@ -46,14 +46,33 @@ def test_equal_flops_and_commands_that_make_the_same_run(given, tmp_path):
     first, flops = planned[0][1], {}
     if args.ablation in (None, "scales"):                   # the others count in the same way
         flops = {name: memory.step_flops(cfg, memory.quick_facts(cfg)) for name, cfg in planned[: len(names)]}
-    parser = argparse.ArgumentParser()
-    config.add_config_flags(parser)
+    same_commands(planned)
     for name, cfg in planned:
         if flops:
             assert abs(cfg.steps * flops[name] - first.steps * flops[names[0]]) <= flops[name]
         solver = "heun" if args.ablation == "steps" else "dopri5"
         assert (cfg.rtol, cfg.atol, cfg.solver, cfg.batch) == (first.rtol, first.atol, solver, first.batch)
-        assert paper.resolve(vars(parser.parse_args(compare.command_of(cfg, None)))) == cfg
+
+
+def same_commands(planned: list) -> None:
+    """The flags of each run give its configuration."""
+    parser = argparse.ArgumentParser()
+    config.add_config_flags(parser)
+    for name, cfg in planned:
+        assert paper.resolve(vars(parser.parse_args(compare.command_of(cfg, None)))) == cfg, name
+
+
+def test_a_folder_of_32_pixels_has_its_own_patches(tmp_path):
+    for i in range(2):
+        Image.new("RGB", (32, 32), (i, i, i)).save(tmp_path / f"{i}.png")
+    planned = compare.plan_runs(arguments(tmp_path, dataset="folder", data=str(tmp_path), res=32, steps=1687, seeds=1))
+    same_commands(planned)
+    patches = {name: cfg.patches for name, cfg in planned if cfg.patches}
+    assert patches == {name: (2, 4, 4) for name in (
+        "LapFlow", "LapFlow, shared weights", "LapFlow, finer noise x 0.85", "Pyramidal Flow, 16 coarse tokens")}
+    steps = {name: cfg.steps for name, cfg in planned}
+    assert steps["LapFlow, 4 coarse tokens"] > 1.3 * steps["LapFlow"] > 2000       # at equal FLOPs
+    assert paper.resolve({"dataset": "folder", "data": "x", "res": 32, "size": "32,2,2,2"}).patches == ()
 
 
 def test_rows_that_differ_in_sampling_share_a_training(tmp_path, monkeypatch):
@@ -313,6 +332,7 @@ def test_a_folder_is_compared_under_its_name_and_judged_without_classes_too(tmp_
     args = arguments(tmp_path, dataset="folder", data=str(tmp_path / "roses"), res=16, steps=2, size="32,1,2,4")
     name, cfg = compare.plan_runs(args)[0]
     assert name == "LapFlow" and cfg.out.endswith("/roses-2-0") and (cfg.res, cfg.data) == (16, args.data)
+    same_commands(compare.plan_runs(args))
     cfg = dataclasses.replace(cfg, batch=8, num_samples=130, solver="euler", solver_steps=2)
     train.train(cfg, device="cpu")
     judged = compare.judged(cfg, "cpu", {})
