@@ -217,7 +217,7 @@ def test_every_command_of_the_pages_runs(program, tmp_path, monkeypatch):
             if "docs/models/fashion" in command:
                 arguments += ["--solver", "euler", "--steps", "6"]
             if "--dataset folder" in command:
-                arguments += ["--size", "32,2,2,4"]         # larger images, fewer tokens
+                arguments += ["--size", "32,2,2,8"]         # larger images, fewer tokens
             print(name, *arguments)
             if name == "studies.bench":                     # of a small network: imported, so that its size is ours
                 monkeypatch.setattr(sys, "argv", [name, *arguments])
