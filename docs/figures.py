@@ -11,6 +11,7 @@ What took hours is drawn from its recorded numbers, results/*.jsonl.
 import contextlib
 import io
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,7 +32,7 @@ from docs import hero, steps
 from pyramid import down
 from run import load, pictures
 from studies import compare
-from studies.tables import lines
+from studies.tables import lines, of_one_length
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -149,10 +150,23 @@ def draw_study(path: Path) -> None:
     pictures.plot(path, curves, xscale="log", yscale="log", xlabel="seconds per image", ylabel=rows[0]["distance_name"])
 
 
+def draw_costs(path: Path) -> None:
+    """Distance against seconds for an image, one line for each system, a point for each number of steps."""
+    runs, seconds = of_one_length("fashion", {name: given for name, (given, _) in compare.STEPS.items()})
+    curves = []
+    for system in dict.fromkeys(name.split(",")[0] for name in runs):
+        rows = [name for name in runs if name.split(",")[0] == system]
+        distance = [statistics.mean(row["frechet"] for row in runs[name]) for name in rows]
+        curves.append(([1000 * seconds[name] for name in rows], distance, dict(label=system, marker="o")))
+    pictures.plot(path, curves, (7, 4), xscale="log", yscale="log", xlabel="milliseconds for an image, one thread",
+                  ylabel="Frechet distance, classifier")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 
 PLAIN = {"step1-pyramid": steps.step1, "step2-schedule": steps.step2, "step3-mask": steps.step3,
-         "mask_cost": draw_mask_cost, "study": draw_study, "systems-flops": draw_flops}
+         "mask_cost": draw_mask_cost, "study": draw_study, "systems-flops": draw_flops,
+         "sampling-cost": draw_costs}
 OF_DIGITS = {"step4-training": steps.step4, "step5-sampling": steps.step5, "loss": draw_loss}
 OF_GARMENTS = {"hero": hero.hero, "generation": hero.generation, "trajectory": draw_trajectory, "samples": draw_samples,
                "previews": lambda path, run: causal(path, run, "preview", "--num", 30),

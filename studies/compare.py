@@ -233,13 +233,13 @@ def measure_times(planned: list[tuple[str, Config]], args: argparse.Namespace, r
                   count: int = 250) -> None:
     """Seconds per image of each variant's first seed: in turn, alone on the machine, medians over the rounds."""
     lines = checkpoint.read_lines([args.record])
-    ready = [(name, loaded(cfg, args.device), []) for name, cfg in planned
+    ready = [(name, cfg, loaded(cfg, args.device), []) for name, cfg in planned
              if cfg.seed == 0 and finished(lines, cfg, "time") is None and any(Path(cfg.out).glob("step-*.pt"))]
     for _ in range(rounds if ready else 0):
-        for _, run, seconds in tqdm(ready, desc="timing", leave=False):
+        for _, _, run, seconds in tqdm(ready, desc="timing", leave=False):
             seconds.append(train.draw(run, count, progress=False)[2]["seconds_per_image"])
-    for name, run, seconds in ready:
-        log.record(args.record, run.cfg, run.device, {
+    for name, cfg, run, seconds in ready:                   # of the planned settings, so that it is found again
+        log.record(args.record, cfg, run.device, {
             "what": "time", "settings": variants(args)[name][0], "batch": count, "rounds": seconds,
             "seconds_per_image": statistics.median(seconds)})
 

@@ -47,7 +47,6 @@ def garments() -> str:
     texts = {"label_agreement": ("a classifier agrees with the label asked for", 3),
              "frechet": ("Frechet distance, features of that classifier", 2),
              "frechet_efficientnet": ("Frechet distance, features of EfficientNet (ImageNet)", 0),
-             "class_variance": ("variance inside a class, over the real one", 3),
              "precision": ("precision (k = 3)", 3), "recall": ("recall (k = 3)", 3)}
     table = [[text, *(spread([row[key] for row in runs[name]], places) for name in names),
               f"{first['real'][key]:.{places}f}"] for key, (text, places) in texts.items()]

@@ -139,6 +139,25 @@ def test_what_the_pages_say_of_photographs_is_in_the_results():
     assert means["frechet_efficientnet"][0] > max(means["frechet_efficientnet"][1:3])
 
 
+def test_what_the_pages_say_of_the_cost_of_sampling_is_in_the_results():
+    runs, seconds = tables.of_one_length("fashion", {name: given for name, (given, _) in compare.STEPS.items()})
+    systems = ("LapFlow", "LFM", "Pyramidal Flow")
+    distances = {key: {name: statistics.mean(row[key] for row in rows) for name, rows in runs.items()}
+                 for key in ("frechet", "frechet_efficientnet")}
+    few = [f"{name}, 12 steps" for name in systems]
+    ours, lfm, pyramidal = ((f"{distances['frechet'][name]:.1f}", f"{1000 * seconds[name]:.0f}") for name in few)
+    assert (f"{ours[0]} and {ours[1]} ms an image, LFM {lfm[0]} and {lfm[1]}, Pyramidal Flow {pyramidal[0]} and "
+            f"{pyramidal[1]}.") in README
+    text = PAGES["docs/results.md"].replace("\n", " ")
+    assert (f"({ours[0]}, {ours[1]} ms an image) it is closer than Pyramidal Flow ({pyramidal[0]}, {pyramidal[1]} ms) "
+            f"and LFM ({lfm[0]}, {lfm[1]} ms)") in text
+    many = [[by_name[f"{name}, 24 steps"] for name in systems] for by_name in distances.values()]
+    assert all(values[0] == min(values) for values in many) and f"judges, {many[0][0]:.1f} and {many[1][0]:.0f}" in text
+    points = {name: (seconds[name], distances["frechet"][name]) for name in runs}
+    assert not [(name, other) for name in runs if name.startswith("LapFlow") for other in runs
+                if points[other][0] < points[name][0] and points[other][1] < points[name][1]]
+
+
 def test_the_standard_errors_between_systems_are_those_of_the_results():
     names = ("LFM", "Pyramidal Flow", "PixelFlow", "EdifyImage", "LapFlow, two scales")
     scaled, others, cold = "LapFlow, finer noise x 0.85", "Pyramidal Flow, finer noise x 0.9", "LFM, noise x 0.95"
