@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import json
 import shlex
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -95,6 +96,23 @@ def test_rows_of_sampling_steps_take_their_solver(tmp_path):
     assert len({cfg.out for _, cfg in planned}) == 3        # and share the trainings of the table
     (_, table), = compare.plan_runs(arguments(tmp_path, dataset="fashion", only=["LapFlow"], seeds=1))
     assert planned[0][1].out == table.out
+
+
+def test_seconds_are_measured_once_for_each_row(tmp_path, monkeypatch):
+    """Also of a run that was trained for another number of samples."""
+    args = arguments(tmp_path, dataset="fashion", only=["LapFlow"], seeds=1, record=tmp_path / "lines.jsonl")
+    args.record.touch()
+    ((_, cfg),) = planned = compare.plan_runs(args)
+    Path(cfg.out).mkdir()
+    (Path(cfg.out) / "step-00000001.pt").touch()
+    run = SimpleNamespace(cfg=dataclasses.replace(cfg, num_samples=64), device=torch.device("cpu"))
+    seconds = iter((0.3, 0.1, 0.2))
+    monkeypatch.setattr(compare, "loaded", lambda *_: run)
+    monkeypatch.setattr(compare.train, "draw", lambda *_, **__: (None, None, {"seconds_per_image": next(seconds)}))
+    for _ in range(2):                                      # the second time there is nothing left to do
+        compare.measure_times(planned, args)
+    (line,) = checkpoint.read_lines([args.record])
+    assert line == compare.finished([line], cfg, "time") and line["seconds_per_image"] == 0.2
 
 
 def test_all_systems_are_there():
