@@ -1,7 +1,7 @@
 .PHONY: test lint bench gpu tables figures notebook page lines
 
-test:            ## the fast tests, on two cores; pytest -m '' runs the slow ones too
-	pytest -q
+test:            ## the fast tests, on two cores; pytest -n 2 -m '' runs the slow ones too
+	pytest -q -n 2
 
 lint:
 	ruff check .
