@@ -42,7 +42,7 @@ from studies.output import markdown, origin, seeds, spread
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLING = ("noise_scale", "solver", "solver_steps")        # rows that differ in these alone share a training
-FOLDERS = defaultdict(Lock)                                 # one training at a time in each
+LOCKS = defaultdict(Lock)                                   # one training at a time in each folder
 
 # What is compared: name -> settings. Then the tables of the paper: name -> (settings, the paper's FID, CelebA-HQ 256).
 SYSTEMS = {"LapFlow": {}, "LFM": {"method": "lfm"}, "Pyramidal Flow": {"method": "pyramidal"},
@@ -57,8 +57,8 @@ IMAGES = {                                                  # rate and options: 
     "LFM, noise x 0.95": {"method": "lfm", "noise_scale": (0.95,)},
     "Pyramidal Flow, finer noise x 0.9": {"method": "pyramidal", "noise_scale": (1.0, 0.9, 0.9)},
     "LapFlow, as in the paper": dict(num_scales=2, block="dit", times="uniform", full_range=True, concat_coarse=False)}
-FOLDERS_OF_32 = {**IMAGES, "LapFlow, 4 coarse tokens": {"patches": ()},         # in place of 16
-                 "Pyramidal Flow, 16 coarse tokens": {"method": "pyramidal", "patches": (2.0, 4.0, 4.0)}}
+FOLDER_32 = {**IMAGES, "LapFlow, 4 coarse tokens": {"patches": ()},             # in place of the 16 of its preset
+             "Pyramidal Flow, 16 coarse tokens": {"method": "pyramidal", "patches": (2.0, 4.0, 4.0)}}
 ABLATIONS = {
     "mask": {"causal": ({}, 3.53), "none": ({"mask": "none"}, 3.91), "self": ({"mask": "self"}, 5.19)},
     "starts": {"T = 0.5": ({}, 3.53), "T = 0.1": ({"starts": (0.0, 0.1)}, 5.12),
@@ -89,9 +89,10 @@ COLUMNS = {"frechet_pixel": ("FD", 3), "frechet": ("FD, classifier", 2),
            "nfe": ("NFE", 0)}
 
 
-def systems(dataset: str) -> dict[str, dict]:
-    """name -> settings of what is compared on a data set."""
-    return {"digits": SYSTEMS, "fashion": IMAGES}.get(dataset, FOLDERS_OF_32)
+def systems(args: argparse.Namespace) -> dict[str, dict]:
+    """name -> settings of what is compared."""
+    of_32 = (args.dataset, args.res, args.size) == ("folder", 32, None)
+    return SYSTEMS if args.dataset == "digits" else FOLDER_32 if of_32 else IMAGES
 
 
 def set_name(args: argparse.Namespace) -> str:
@@ -105,7 +106,7 @@ def variants(args: argparse.Namespace) -> dict:
         if args.ablation not in tables:
             raise UserError(f"--ablation of {args.dataset} is one of {', '.join(tables)}, not {args.ablation}")
         return tables[args.ablation]
-    chosen = {name: (given, None) for name, given in systems(args.dataset).items()}
+    chosen = {name: (given, None) for name, given in systems(args).items()}
     return {name: chosen[name] for name in args.only} if args.only else chosen
 
 
@@ -163,7 +164,7 @@ def train_one(name: str, cfg: Config, args: argparse.Namespace, commit: str, chi
     """One run, in a process of its own, and its line."""
     folder, report = Path(cfg.out), Path(cfg.out + ".log")
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
-    with FOLDERS[cfg.out], open(report, "w") as file:
+    with LOCKS[cfg.out], open(report, "w") as file:
         few = cfg if cfg.dataset == "digits" else dataclasses.replace(cfg, num_samples=64)      # see judged
         child = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *command_of(few, args.device)], stdout=file,
                                  stderr=file, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
@@ -379,8 +380,8 @@ def main() -> None:
         raise UserError("--seeds, --steps and --jobs must be at least 1")
     if args.dataset == "folder" and not args.data:
         raise UserError("--dataset folder needs --data DIR")
-    if args.only and (args.only[0] != "LapFlow" or not set(args.only) <= set(systems(args.dataset))):
-        raise UserError(f"--only takes LapFlow, whose FLOPs all get, then some of {list(systems(args.dataset))[1:]}")
+    if args.only and (args.only[0] != "LapFlow" or not set(args.only) <= set(systems(args))):
+        raise UserError(f"--only takes LapFlow, whose FLOPs all get, then some of {list(systems(args))[1:]}")
     args.record = Path(args.record or Path(args.out) / "results.jsonl")
     log.check_record(args.record)
     Path(args.out).mkdir(parents=True, exist_ok=True)

@@ -57,10 +57,9 @@ def garments() -> str:
 
 def systems(name: str, wanted: dict | None = None) -> str:
     """The systems side by side on one data set; wanted: other rows, name -> settings."""
-    runs, times = of_one_length(name, wanted or compare.systems("digits" if name == "compare" else name))
-    if not any(runs.values()):
-        return "not measured yet"
-    return compare.table(runs, {}, times)
+    known = {"compare": compare.SYSTEMS, "crops": compare.FOLDER_32}
+    runs, times = of_one_length(name, wanted or known.get(name, compare.IMAGES))
+    return compare.table(runs, {}, times) if any(runs.values()) else "not measured yet"
 
 
 def ablations(name: str, dataset: str) -> str:

@@ -74,6 +74,8 @@ def test_a_folder_of_32_pixels_has_its_own_patches(tmp_path):
     steps = {name: cfg.steps for name, cfg in planned}
     assert steps["LapFlow, 4 coarse tokens"] > 1.3 * steps["LapFlow"] > 2000       # at equal FLOPs
     assert paper.resolve({"dataset": "folder", "data": "x", "res": 32, "size": "32,2,2,2"}).patches == ()
+    for other in (dict(res=16), dict(res=32, size="32,2,2,4")):                 # there the rows would be the same twice
+        assert compare.systems(arguments(tmp_path, dataset="folder", **other)) == compare.IMAGES
 
 
 def test_rows_that_differ_in_sampling_share_a_training(tmp_path, monkeypatch):
