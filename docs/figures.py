@@ -127,6 +127,13 @@ def draw_flops(path: Path) -> None:
     compare.draw_curves(path, compare.gathered(lines("compare"), compare.SYSTEMS)[0], lines("compare"))
 
 
+def draw_lengths(path: Path) -> None:
+    """Of garments: runs of a quarter, a half and the whole of the preset's length."""
+    names = ("LapFlow", "LFM", "Pyramidal Flow")
+    runs, _ = of_one_length("fashion", {name: compare.IMAGES[name] for name in names})
+    compare.draw_curves(path, runs, lines("fashion"))
+
+
 def draw_mask_cost(path: Path) -> None:
     """The errors of the covariance against the start time of the fine band."""
     rows = lines("mask_cost")
@@ -166,7 +173,7 @@ def draw_costs(path: Path) -> None:
 
 PLAIN = {"step1-pyramid": steps.step1, "step2-schedule": steps.step2, "step3-mask": steps.step3,
          "mask_cost": draw_mask_cost, "study": draw_study, "systems-flops": draw_flops,
-         "sampling-cost": draw_costs}
+         "sampling-cost": draw_costs, "garments-flops": draw_lengths}
 OF_DIGITS = {"step4-training": steps.step4, "step5-sampling": steps.step5, "loss": draw_loss}
 OF_GARMENTS = {"hero": hero.hero, "generation": hero.generation, "trajectory": draw_trajectory, "samples": draw_samples,
                "previews": lambda path, run: causal(path, run, "preview", "--num", 30),

@@ -154,6 +154,17 @@ def test_what_the_pages_say_of_photographs_is_in_the_results():
         assert means(runs, key)["LapFlow"] == max(means(runs, key).values())
 
 
+def test_what_the_pages_say_of_the_lengths_of_training_is_in_the_results():
+    rows = [json.loads(line) for line in open(ROOT / "results" / "fashion.jsonl")]
+    ends = {name: [next(row for row in rows if row["settings"] == compare.IMAGES[name] and row["what"] == "run"
+                        and f"{row['training_flops']:.1e}" == flops) for flops in ("1.3e+13", "5.1e+13")]
+            for name in ("LapFlow", "LFM", "Pyramidal Flow")}
+    (a, b), (c, d), (e, f) = ([f"{row['frechet']:.2f}" for row in both] for both in ends.values())
+    assert f"falls from {a} to {b}, LFM's from {c} to {d}, Pyramidal Flow's from {e} to {f}" in RESULTS
+    (a, b), (c, d), (e, f) = ([f"{row['frechet_efficientnet']:.0f}" for row in both] for both in ends.values())
+    assert f"EfficientNet's from {a} to {b}, {c} to {d} and {e} to {f}" in RESULTS
+
+
 def test_what_the_pages_say_of_the_cost_of_sampling_is_in_the_results():
     runs, seconds = tables.of_one_length("fashion", {name: given for name, (given, _) in compare.STEPS.items()})
     distance, judged = means(runs, "frechet"), means(runs, "frechet_efficientnet")

@@ -56,7 +56,7 @@ def test_every_name_has_a_function_and_every_picture_of_the_readme_a_name():
 
 def test_pictures_without_a_run(draw):
     for path in draw("step1-pyramid", "step2-schedule", "step3-mask", "mask_cost", "study", "systems-flops",
-                     "sampling-cost"):
+                     "sampling-cost", "garments-flops"):
         check(path)
 
 
