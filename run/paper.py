@@ -139,7 +139,8 @@ def resolve(given: dict) -> Config:
         settings["num_scales"] = given.get("num_scales", 1)
     if settings.get("num_scales") != PRESETS[name].settings.get("num_scales"):
         settings |= {key: given.get(key, ()) for key in BY_BAND}                # the preset's are for its K
-    settings |= {"patches": given.get("patches", ())} if "size" in given else {}    # --size names one for all bands
+    if "size" in given:                                     # it names one patch for all bands
+        settings["patches"] = given.get("patches", ())
     if settings.get("space") == "pixel":
         settings["vae"] = given.get("vae", "")
     elif settings.get("space") == "latent" and ("res" in given or not settings.get("vae")):

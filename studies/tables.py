@@ -47,6 +47,7 @@ def garments() -> str:
     texts = {"label_agreement": ("a classifier agrees with the label asked for", 3),
              "frechet": ("Frechet distance, features of that classifier", 2),
              "frechet_efficientnet": ("Frechet distance, features of EfficientNet (ImageNet)", 0),
+             "class_variance": ("variance inside a class, over the real one", 3),
              "precision": ("precision (k = 3)", 3), "recall": ("recall (k = 3)", 3)}
     table = [[text, *(spread([row[key] for row in runs[name]], places) for name in names),
               f"{first['real'][key]:.{places}f}"] for key, (text, places) in texts.items()]
@@ -55,10 +56,9 @@ def garments() -> str:
             f"mean ± standard deviation; {origin(every, 'hardware', 'versions')}.")
 
 
-def systems(name: str, wanted: dict | None = None) -> str:
-    """The systems side by side on one data set; wanted: other rows, name -> settings."""
-    known = {"compare": compare.SYSTEMS, "crops": compare.FOLDER_32}
-    runs, times = of_one_length(name, wanted or known.get(name, compare.IMAGES))
+def systems(name: str, wanted: dict = compare.SYSTEMS) -> str:
+    """The systems side by side on one data set; wanted: its rows, name -> settings."""
+    runs, times = of_one_length(name, wanted)
     return compare.table(runs, {}, times) if any(runs.values()) else "not measured yet"
 
 
@@ -133,12 +133,12 @@ def gpu() -> str:
     return markdown(head, table) + (f"\n\n{origin(rows, 'hardware', 'versions')}; `{commands}`." if rows else "")
 
 
-TABLES = {"garments": garments, "presets": plan.presets, "speed": speed,
-          "systems": partial(systems, "compare"), "fashion": partial(systems, "fashion"),
-          "crops": partial(systems, "crops"), "ablations": partial(ablations, "ablations", "digits"),
+TABLES = {"garments": garments, "presets": plan.presets, "speed": speed, "gpu": gpu,
+          "systems": partial(systems, "compare"), "fashion": partial(systems, "fashion", compare.IMAGES),
+          "crops": partial(systems, "crops", compare.FOLDER_32), "ablations": partial(ablations, "ablations", "digits"),
           "fashion_ablations": partial(ablations, "fashion", "fashion"),
           "fashion_steps": partial(systems, "fashion", {name: given for name, (given, _) in compare.STEPS.items()}),
-          "gpu": gpu, "quality": partial(systems, "quality"), "variety": lambda: variety.table(lines("variety"))}
+          "quality": partial(systems, "quality", compare.IMAGES), "variety": lambda: variety.table(lines("variety"))}
 
 
 def render(pages: dict[str, str]) -> dict[str, str]:

@@ -370,7 +370,7 @@ def test_a_whole_cache_is_read(cache):
     assert len(cached(cache, json.dumps(HEADER).encode())) == 2
 
 
-@cases(1000)
+@cases(2000)
 @given(changes(list(HEADER)), changes(list(HEADER["vae"])))
 def test_headers_of_anything(cache, header, vae):
     vae = {"vae": changed(HEADER["vae"], vae)} if vae else {}
@@ -436,7 +436,7 @@ def test_a_whole_export_is_read(export, vector_export):
     assert load.load_run(str(vector_export), device="cpu").condition.draw(7).shape == (7, 2)
 
 
-@cases(1000)
+@cases(2000)
 @example({}, {}, {"classes": ["a"]}, True)                  # conditions of two kinds
 @given(changes(["lapflow", "step", "weights", "config", "data"], 1), changes(SETTINGS, 2),
        changes(["channels", "side", "classes", "vectors", "latent"], 2), st.booleans())
