@@ -140,7 +140,7 @@ def draw_batches(run: Run, chunks: list[range], y: Tensor | None, seed: int = 0,
 
     y (N, ...): the condition of image i is y[i]. `solver` goes to `solve`.
     """
-    load.check_guidance(run.cfg, cfg_scale, run.condition)
+    conditions.check_guidance(run.condition, run.cfg.label_drop, cfg_scale)
     load.full_float32()
     run.ready()                                             # so that loading does not count
     for numbers in chunks:

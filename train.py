@@ -27,7 +27,7 @@ import config
 import fid
 import sample
 from config import Config, UserError
-from data import batches
+from data import batches, conditions
 from run import checkpoint, gallery, load, log, memory, paper, pictures
 from run.ranks import Ranks, StopSignals, has_bfloat16
 
@@ -89,7 +89,7 @@ def setup(cfg: Config, ranks: Ranks) -> Job:
     dataset.to(ranks.device)
     facts = batches.facts(dataset)
     model = load.build_model(cfg, facts, dataset.examples(), ranks.device).to(ranks.device)
-    load.check_guidance(cfg, cfg.cfg_scale, model.condition)
+    conditions.check_guidance(model.condition, cfg.label_drop, cfg.cfg_scale)
     parts = memory.micro_batches(model, cfg, ranks)
     ema = copy.deepcopy(model).requires_grad_(False) if cfg.ema else None
     optimizer = ranks.optimizer(list(model.parameters()), cfg.shard, lr=cfg.lr, betas=(0.9, cfg.beta2),

@@ -73,6 +73,14 @@ def condition_of(facts: dict, examples: Tensor | None = None) -> Callable[[int],
     return (lambda hidden_size: Labels(facts["classes"], hidden_size)) if facts["classes"] else None
 
 
+def check_guidance(condition: nn.Module | None, label_drop: float, cfg_scale: float) -> None:
+    """Raises UserError for guidance that the training of a run does not support."""
+    problem = ("a condition, but this run was trained without classes" if condition is None else
+               "a null condition, but this run has --label-drop 0" if label_drop == 0 else "")
+    if cfg_scale != 1 and problem:
+        raise UserError(f"guidance needs {problem}: leave out the guidance scale")
+
+
 def choose(condition: nn.Module | None, num: int | None, labels: list | str | int | None = None,
            vectors: np.ndarray | Tensor | str | None = None) -> Tensor | None:
     """The conditions y (N, ...) asked for, None for an unconditional run; N is num, else their number or 40.

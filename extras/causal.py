@@ -23,7 +23,7 @@ import sample
 from config import UserError
 from data import sources
 from data.batches import ImageRandom, to_images
-from data.conditions import choose
+from data.conditions import check_guidance, choose
 from pyramid import decompose
 from run import gallery, graphs, load, log, pictures, solver
 from run.load import Run
@@ -71,7 +71,7 @@ def thumbnails(run: Run, num: int, y: Tensor | None, seed: int = 0, batch: int =
                **settings) -> tuple[np.ndarray, int]:
     """Previews of the images 0..num-1 of a seed: uint8 (num, r, r, C), and NFE. y: of all images."""
     check_run(run)
-    load.check_guidance(run.cfg, settings["cfg_scale"], run.condition)
+    check_guidance(run.condition, run.cfg.label_drop, settings["cfg_scale"])
     load.full_float32()
     parts = [preview(run, part, None if y is None else y[part.start : part.stop], seed, **settings)
              for part in sample.chunks_of(num, batch)]
@@ -207,7 +207,7 @@ def draw(args: argparse.Namespace) -> None:
     run = load.load_run(args.run, args.raw, args.device, args.vae, args.noise_scale)
     check(run, args)
     settings = solver.solver_settings(run.cfg, args)
-    load.check_guidance(run.cfg, settings["cfg_scale"], run.condition)
+    check_guidance(run.condition, run.cfg.label_drop, settings["cfg_scale"])
     if args.compile:
         load.compile_blocks(run.model)
     settings = graphs.speed_up(run, settings, args.graphs)

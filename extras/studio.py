@@ -30,8 +30,9 @@ from data import conditions, sources
 from data.batches import to_images
 from extras import causal
 from pyramid import decompose, reconstruct
-from run import checkpoint, load, pictures
+from run import checkpoint, pictures
 from run.load import Run
+from run.ranks import within_memory
 from run.solver import solver_settings
 
 VARIATIONS, ENLARGED = 8, 4                                 # images of one click
@@ -75,7 +76,7 @@ def follow(run: Run, work: Callable[[Run], object], what: str, status: object) -
 
     def do():
         try:
-            with torch.no_grad(), load.within_memory(run.device):
+            with torch.no_grad(), within_memory(run.device):
                 future.set_result((work(run), time.perf_counter() - began))
         except BaseException as problem:
             future.set_exception(problem)
@@ -145,7 +146,7 @@ def read_wish(run: Run, classes: list[str], vectors: str, num: float, seed: floa
                            steps=None if name == "dopri5" else int(steps or 0))
     config.check_sampling_flags(args, least=1)
     settings = solver_settings(run.cfg, args)
-    load.check_guidance(run.cfg, settings["cfg_scale"], run.condition)
+    conditions.check_guidance(run.condition, run.cfg.label_drop, settings["cfg_scale"])
     rows = conditions.choose(run.condition, args.num)       # what the run has, in turn
     if classes:
         rows = torch.cat([conditions.choose(run.condition, 1, label) for label in classes])

@@ -7,14 +7,15 @@ a CPU). The recordings stay with the network, so that many calls pay for them on
 """
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from config import UserError, first_line
+from config import first_line
 from model import TimestepEmbedder
+from run import ranks
 from run.load import Run
 from run.ranks import has_bfloat16
 
@@ -138,13 +139,7 @@ def warn(text: str) -> None:
     print(f"note: {text}", file=sys.stderr)
 
 
-@contextmanager
-def within_memory(device: torch.device, batch: int) -> Iterator[None]:
-    """Turns an out-of-memory error inside the block into a UserError."""
-    try:
-        yield
-    except RuntimeError as problem:
-        if not isinstance(problem, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(problem):
-            raise
-        advice = "choose a smaller --batch" if batch > 1 else "add --precision bfloat16, or take a larger device"
-        raise UserError(f"out of memory on {device} with {batch} images at a time: {advice}") from None
+def within_memory(device: torch.device, batch: int) -> AbstractContextManager:
+    """Turns an out-of-memory error of so many images at a time into a UserError."""
+    advice = "choose a smaller --batch" if batch > 1 else "add --precision bfloat16, or take a larger device"
+    return ranks.within_memory(device, lambda: f"out of memory on {device} with {batch} images at a time: {advice}")

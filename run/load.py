@@ -16,8 +16,6 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,17 +34,8 @@ from model import MoTBlock, MoTDiT
 from run import checkpoint
 from run.checkpoint import VERSION
 from run.paper import cache_folder
-from run.ranks import best_device
+from run.ranks import best_device, within_memory
 from run.solver import solver_settings
-
-
-@contextmanager
-def within_memory(device: torch.device | str) -> Iterator[None]:
-    """Turns an out-of-memory error of a GPU, while a model is put there, into a UserError."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise UserError(f"{device} has too little free memory for this model: choose another --device") from None
 
 
 def build_model(cfg: Config, facts: dict, examples: Tensor | None = None,
@@ -233,14 +222,6 @@ def fine_tune(model: MoTDiT, name: str, facts: dict) -> str:
                  f"({len(facts['classes'])} classes): the embedding starts anew")
     load_weights(model, weights, name)
     return text
-
-
-def check_guidance(cfg: Config, cfg_scale: float, condition: object | None) -> None:
-    """Raises UserError for guidance that the training of this run does not support."""
-    problem = ("a condition, but this run was trained without classes" if condition is None else
-               "a null condition, but this run has --label-drop 0" if cfg.label_drop == 0 else "")
-    if cfg_scale != 1 and problem:
-        raise UserError(f"guidance needs {problem}: leave out the guidance scale")
 
 
 def full_float32() -> None:

@@ -7,19 +7,18 @@ of what autograd keeps. Days assume a share of the GPU's peak.
 
 import math
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import baselines
-from config import Config, UserError
+from config import Config
 from data import batches, latents, sources
 from run.load import build_model
 from run.paper import CELEBAHQ, IMAGENET, find_row
-from run.ranks import Ranks
+from run.ranks import Ranks, within_memory
 
 VAE_PARAMETERS = 83_653_863                                 # the autoencoder of Stable Diffusion; EQ-VAE is the same
 KNOWN = {"celebahq": (CELEBAHQ, 0), "imagenet": (IMAGENET, 1000), "fashion": (60_000, 10)}      # images, classes
@@ -122,23 +121,19 @@ def micro_batches(model: torch.nn.Module, cfg: Config, ranks: Ranks) -> list[sli
     return ranks.rows(cfg.batch, size, least=cfg.num_scales if cfg.stages == "stratified" else 1)
 
 
-@contextmanager
-def explained(model: torch.nn.Module, cfg: Config, parts: list[slice], ranks: Ranks) -> Iterator[None]:
+def explained(model: torch.nn.Module, cfg: Config, parts: list[slice], ranks: Ranks) -> AbstractContextManager:
     """Turns an out-of-memory error inside the block into a UserError that says what may fit."""
-    try:
-        yield
-    except RuntimeError as problem:
-        if not isinstance(problem, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(problem):
-            raise
+    def failure():
         size = parts[0].stop - parts[0].start
         need, used = memory_bytes(model, cfg, size, ranks.world) / 1e9, peak_memory(ranks.device)
         smaller = max((n for n in range(1, size) if size % n == 0), default=0)
+        advice = f"try --micro-batch {smaller} (the same batch, in more parts) or --recompute"
         if smaller < (cfg.num_scales if cfg.stages == "stratified" else 1):
             advice = "no smaller micro-batch is possible: add --recompute, a smaller --size, or take a larger device"
-        else:
-            advice = f"try --micro-batch {smaller} (the same batch, in more parts) or --recompute"
-        raise UserError(f"out of memory on {ranks.device} with {size} images at a time ({used:.1f} GB were in use, the "
-                        f"estimate was {need:.1f} GB): {advice}") from None
+        return (f"out of memory on {ranks.device} with {size} images at a time ({used:.1f} GB were in use, the "
+                f"estimate was {need:.1f} GB): {advice}")
+
+    return within_memory(ranks.device, failure)
 
 
 def tokens_by_stage(model: torch.nn.Module) -> str:

@@ -15,7 +15,8 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
@@ -54,6 +55,18 @@ def best_device(name: str | None = None) -> torch.device:
     except (RuntimeError, AssertionError) as problem:
         there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
         raise UserError(f"the device {name!r} cannot be used: {first_line(problem)}; choose one of {there}") from None
+
+
+@contextmanager
+def within_memory(device: torch.device | str, failure: Callable[[], str] | None = None) -> Iterator[None]:
+    """Turns an out-of-memory error inside the block, of a GPU or of the CPU, into a UserError that says failure()."""
+    try:
+        yield
+    except RuntimeError as problem:
+        if not isinstance(problem, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(problem):
+            raise
+        text = f"{device} has too little free memory for this model: choose another --device"
+        raise UserError(failure() if failure else text) from None
 
 
 class StopSignals:
