@@ -162,13 +162,14 @@ def evaluate(dataset: batches.Dataset, images: np.ndarray, y: np.ndarray | None,
     if extractor:                                           # equally many images on all sides
         chosen = np.random.default_rng(0).permutation(len(images))[:n]
         images, labels = images[chosen], None if labels is None else labels[chosen]
-        tests, whole, rest = partial(judge, extractor, force=force), slice(n, 2 * n), slice(n, 2 * n)
+        compared, against, real_against = partial(judge, extractor, force=force), *[slice(n, 2 * n)] * 2
     else:
         train = pixels(dataset.reference(count)[0]) if test else None
-        tests, whole, rest = partial(score, train=train), slice(None), slice(n, None)
-    scores = tests(real[whole], real_labels[whole], images, labels)
-    if n >= 5:
-        scores["real"] = tests(real[rest], real_labels[rest], real[:n], None if labels is None else real_labels[:n])
+        compared, against, real_against = partial(score, train=train), slice(None), slice(n, None)
+    scores = compared(real[against], real_labels[against], images, labels)
+    if n >= 5:                                              # real images in place of the generated ones
+        scores["real"] = compared(real[real_against], real_labels[real_against], real[:n],
+                                  None if labels is None else real_labels[:n])
     return {**scores, "split": "test" if test else "training"}
 
 

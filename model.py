@@ -72,15 +72,18 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, x, 1 + scale)               # x (1 + scale) + shift, in one pass
 
 
+def join(x: list[Tensor]) -> Tensor:
+    return torch.cat(x, dim=2) if len(x) > 1 else x[0]      # torch.cat copies even one tensor
+
+
 def attention(q: list[Tensor], k: list[Tensor], v: list[Tensor], mask: str, num_cond: int) -> list[Tensor]:
     """One softmax attention over the tokens of all active bands; lists over bands of (B, nh, N_i, hd).
 
     causal: band i reads bands 0..i.   none: every band reads all.   self: band i reads itself and the num_cond
     condition tokens at the front of band 0; these read only each other, so that nothing crosses bands.
     """
-    if mask == "causal":                                    # torch.cat copies even one tensor
-        return [F.scaled_dot_product_attention(q[i], *(torch.cat(x[: i + 1], dim=2) if i else x[0] for x in (k, v)))
-                for i in range(len(q))]
+    if mask == "causal":
+        return [F.scaled_dot_product_attention(q[i], join(k[: i + 1]), join(v[: i + 1])) for i in range(len(q))]
     if mask == "none":
         out = F.scaled_dot_product_attention(*(torch.cat(x, dim=2) for x in (q, k, v)))
         return list(out.split([x.shape[2] for x in q], dim=2))
@@ -108,13 +111,10 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t: Tensor) -> Tensor:
-        with torch.autocast("cpu" if t.is_meta else t.device.type, enabled=False):
-            return self.embed(t)                            # float32, whatever the blocks compute in
-
-    def embed(self, t: Tensor) -> Tensor:
         omega = 10000 ** (-torch.arange(128, dtype=torch.float32, device=t.device) / 128)
         angle = self.TIME_SCALE * t.float()[:, None] * omega                        # (B, 128)
-        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))               # (B, D)
+        with torch.autocast("cpu" if t.is_meta else t.device.type, enabled=False):  # float32, whatever the blocks have
+            return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))           # (B, D)
 
 
 class MoTBlock(nn.Module):

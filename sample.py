@@ -16,7 +16,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -67,9 +66,10 @@ def solve(velocity: Callable, noise: list[Tensor], schedule, solver: str = "dopr
     """
     check_solver(solver, steps)
     bands, nfe = [], 0
+    noise = [x0.to(torch.promote_types(x0.dtype, torch.float32)) for x0 in noise]
     for j in range(schedule.num_scales):
         if j < len(noise):
-            bands = schedule.enter(j, bands, noise[j].to(torch.promote_types(noise[j].dtype, torch.float32)))
+            bands = schedule.enter(j, bands, noise[j])      # the next band joins
         field = Field(velocity, bands, j, schedule)
         times, options = solver_options(schedule.segments, j, solver, steps, norm, jumps, noise[0].device)
         try:
@@ -119,8 +119,9 @@ class Guided:
     @torch.no_grad()
     def __call__(self, bands: list[Tensor], t: Tensor, y: Tensor | None) -> list[Tensor]:
         self.calls[bands[-1].shape[-1]] += 1
+        guided = self.jumps(y) and (self.interval == (0, 1) or self.interval[0] <= t.max() <= self.interval[1])
         with torch.autocast(t.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-            if not self.jumps(y) or self.interval != (0, 1) and not self.interval[0] <= t.max() <= self.interval[1]:
+            if not guided:
                 self.passes += 1
                 return [v.float() for v in self.model(bands, t, y)]
             self.passes += 2
@@ -138,15 +139,14 @@ def draw_batches(run: Run, chunks: list[range], y: Tensor | None, seed: int = 0,
                  interval: tuple[float, float] = (0.0, 1.0), precision: str = "float32", **solver) -> Iterator[tuple]:
     """Draws the images with the numbers of each chunk; yields (numbers, images uint8 (B, H, W, C), what they cost).
 
-    y (N, ...): the condition of image i is y[i]. `solver` goes to `solve`.
-    """
+    y (N, ...): the condition of image i is y[i]. `solver` goes to `solve`."""
     conditions.check_guidance(run.condition, run.cfg.label_drop, cfg_scale)
     load.full_float32()
     run.ready()                                             # so that loading does not count
     for numbers in chunks:
         model, began = Guided(run.model, cfg_scale, interval, precision), time.perf_counter()
         y_batch = None if y is None else y[numbers.start : numbers.stop].to(run.device)
-        with graphs.within_memory(run.device, len(numbers)):
+        with graphs.explained(run.device, len(numbers)):
             x1 = run.system.sample(model, ImageRandom(seed, numbers, run.device), y_batch, run.schedule, run.shape,
                                    solve, jumps=model.jumps(y_batch), **solver)
             images = run.decode(x1)
@@ -189,9 +189,7 @@ def main() -> None:
             return card.share(run, args, ranks)
         y = conditions.choose(run.condition, args.num, args.labels, args.vectors)
         settings = graphs.speed_up(run, load.solver_settings(run.cfg, args), args.graphs)
-        in_cache = args.run is not None and not Path(args.run).exists()         # of the hub
-        out = Path(args.out or ("samples" if in_cache else run.folder / "samples"))
-        samples = gallery.Gallery(out, gallery.job_of(run, args, settings), args.format, ranks)
+        samples = gallery.Gallery(gallery.folder_of(run, args), gallery.job_of(run, args, settings), args.format, ranks)
         samples.fill(run, chunks_of(args.num, args.batch), partial(draw_batches, run, y=y, seed=args.seed, **settings),
                      y, settings)
 

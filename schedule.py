@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from config import UserError
-from pyramid import decompose, reconstruct
+from pyramid import PYRAMIDS, decompose, reconstruct
 
 PATHS = ("linear", "quadratic", "cubic", "gvp")
 
@@ -37,8 +37,8 @@ class Schedule:
 
     noise    pyramid: x_0 is the pyramid of ONE white image, so the re-summed state is data plus white noise.
              independent: unit noise in each band.  # not in paper: it leaves this open; both can be measured
-    stages   batch: one stage for a whole batch, as the paper. stratified: row g of a batch trains stage g mod K,
-             the same cost with less variance.  # not in paper
+    stages   batch: one stage for a whole batch, as the paper. stratified: every batch is shared out over the stages,
+             row g to stage g mod K when they are equally frequent; less variance at the same cost.  # not in paper
     full_range   stage s trains on [T_s, 1], as the paper; False: on its segment [T_s, T_(s+1)].  # not in paper
     times    of training within these: uniform, as the paper, or logit-normal (Esser et al. 2024).  # not in paper
     stage_weights   how often each stage is trained, relative to the others; (): equally, as the paper.  # not in paper
@@ -61,8 +61,9 @@ class Schedule:
         starts = tuple(self.starts)
         if starts[:1] != (0,) or not all(a < b for a, b in zip(starts, starts[1:] + (1.0,), strict=False)):
             raise UserError(f"starts must increase from 0 to below 1, like 0,0.5; got {starts}")
-        if self.path not in PATHS:
-            raise UserError(f"unknown path {self.path!r}; choose one of {', '.join(PATHS)}")
+        for name, known in (("path", PATHS), ("pyramid", tuple(PYRAMIDS))):
+            if getattr(self, name) not in known:
+                raise UserError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(known)}")
 
     @property
     def num_scales(self) -> int:
@@ -131,13 +132,16 @@ class Schedule:
         """The stage (B,) that each row of this process trains; rng is a `data.batches.BatchRandom`."""
         if self.stages == "batch":                          # one draw for the whole batch
             return np.full(rng.batch, rng.choice(self.shares))[rng.rows]
-        due = (np.arange(rng.batch) + 0.5) / np.array(self.shares)[:, None]         # (K, B): each stage evenly spread
+        # stage s is due at (n + 1/2) / share_s, n = 0, 1, ...; the rows take the stages in the order they are due
+        due = (np.arange(rng.batch) + 0.5) / np.array(self.shares)[:, None]         # (K, B)
         return (np.argsort(due, axis=None, kind="stable")[: rng.batch] // rng.batch)[rng.rows]
 
 
-def stage_rows(stage: np.ndarray, device: torch.device) -> list[tuple[int, Tensor]]:
-    """[(s, numbers of the rows that train stage s), ...] for the stages that a batch has."""
-    return [(int(s), torch.from_numpy(np.flatnonzero(stage == s)).to(device)) for s in np.unique(stage)]
+def stage_rows(stage: np.ndarray, device: torch.device) -> list[tuple[int, Tensor | slice]]:
+    """[(s, the rows that train stage s), ...] for the stages that a batch has."""
+    there = np.unique(stage).tolist()
+    whole = len(there) == 1                                 # then nothing is copied, and a GPU is not waited for
+    return [(s, slice(None) if whole else torch.from_numpy(np.flatnonzero(stage == s)).to(device)) for s in there]
 
 
 def loss(model: Callable, x1: Tensor, y: Tensor | None, schedule: Schedule,
@@ -146,8 +150,7 @@ def loss(model: Callable, x1: Tensor, y: Tensor | None, schedule: Schedule,
 
     model(bands, t, y) -> velocities; rng is a `data.batches.BatchRandom` for these rows.
     Returns the mean over the rows of the squared error, summed over bands, and for each active band (t, squared error),
-    one number per example.
-    """
+    one number per example."""
     x0 = schedule.draw_noise(rng, x1.shape[1:])             # K bands
     x1 = schedule.split(x1)
     stage, u = schedule.stage_of_rows(rng), schedule.draw_times(rng)            # (B,) each

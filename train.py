@@ -1,7 +1,7 @@
 """Training. `python train.py` takes scikit-learn's digits from nothing to trained, sampled and scored in two minutes.
 
     python train.py                                          8 x 8 digits, 10 classes, on a laptop's CPU
-    python train.py --dataset fashion                        Fashion-MNIST at 32 x 32, under an hour on two cores
+    python train.py --dataset fashion                        Fashion-MNIST at 32 x 32, half an hour on two cores
     python train.py --dataset folder --data DIR --res 64     your own images; subfolders become classes
     torchrun --nproc_per_node=8 train.py --dataset celebahq --res 1024     a row of the paper; data.latents goes before
 
@@ -29,7 +29,7 @@ import sample
 from config import Config, UserError
 from data import batches, conditions
 from run import checkpoint, gallery, load, log, memory, paper, pictures
-from run.ranks import Ranks, StopSignals, has_bfloat16
+from run.ranks import Ranks, StopSignals, has_bfloat16, within_memory
 
 FUSED = ("cpu", "cuda")                                     # devices with a fused AdamW
 
@@ -90,7 +90,7 @@ def setup(cfg: Config, ranks: Ranks) -> Job:
     facts = batches.facts(dataset)
     model = load.build_model(cfg, facts, dataset.examples(), ranks.device).to(ranks.device)
     conditions.check_guidance(model.condition, cfg.label_drop, cfg.cfg_scale)
-    parts = memory.micro_batches(model, cfg, ranks)
+    parts = memory.split_batch(model, cfg, ranks)
     ema = copy.deepcopy(model).requires_grad_(False) if cfg.ema else None
     optimizer = ranks.optimizer(list(model.parameters()), cfg.shard, lr=cfg.lr, betas=(0.9, cfg.beta2),
                                 weight_decay=cfg.weight_decay, fused=ranks.device.type in FUSED)
@@ -114,8 +114,7 @@ def resume(job: Job, fresh: bool) -> None:
         ranks.restore(job.optimizer, state["optimizer"])
         ranks.say(f"continuing {out} at step {job.step} of {cfg.steps} (--fresh starts over)")
         if cfg.steps != state["config"]["steps"]:
-            ranks.say(f"the run was planned for {state['config']['steps']} steps: the learning rate follows the new "
-                      "length")
+            ranks.say(f"planned for {state['config']['steps']} steps before: the learning rate follows the new length")
     elif cfg.init:
         ranks.say(load.fine_tune(job.model, cfg.init, job.facts))
         if job.ema is not None:
@@ -140,16 +139,15 @@ def loop(job: Job, stop: StopSignals, deadline: float) -> None:
         load.compile_blocks(model)
     objective = Objective(model, system.loss, system.schedule(cfg), cfg.precision)
     # one stage for a whole batch leaves the finer bands without gradients; so may a rare stage
-    rare = cfg.stages == "batch" or len(set(objective.schedule.shares)) > 1
-    objective = ranks.parallel(objective, rare, objective.bfloat16)
+    unused = cfg.stages == "batch" or len(set(objective.schedule.shares)) > 1
+    objective = ranks.parallel(objective, unused, objective.bfloat16)
     metrics = log.Log(cfg, ranks, job.step, job.facts, job.writer)
     stream = batches.micro_batches(job.dataset, cfg, job.step, job.parts, ranks.device, model.condition)
     ending = job.step >= cfg.steps
-    if ending:                                              # nothing to train: but sample.py reads the settings there
+    if ending:                                              # nothing to train; sample.py reads new settings there
         save(job)
     while not ending:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(cfg, job.step)
+        lr = optimizer.param_groups[0]["lr"] = learning_rate(cfg, job.step)
         optimizer.zero_grad(set_to_none=True)
         for part, (x1, y, rng) in zip(job.parts, metrics.wait_for(stream), strict=True):
             with objective.no_sync() if several and part is not job.parts[-1] else nullcontext():
@@ -157,14 +155,14 @@ def loop(job: Job, stop: StopSignals, deadline: float) -> None:
                 (loss / len(job.parts)).backward()
             metrics.add(loss, errors, len(x1))
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
-        if optimizer.defaults["fused"]:                     # skips a step that is not finite without waiting for it
+        if optimizer.defaults["fused"]:                     # on the device: AdamW then leaves the weights alone
             getattr(optimizer, "optim", optimizer).found_inf = (~grad_norm.isfinite()).float()
         if optimizer.defaults["fused"] or grad_norm.isfinite():
             optimizer.step()
         if job.ema is not None:
             update_ema(job.ema, model, cfg.ema, job.step)
         job.step += 1
-        metrics.end_step(job.step, grad_norm, group["lr"])
+        metrics.end_step(job.step, grad_norm, lr)
         ending = ranks.any(stop.asked or job.writer.failed or time.perf_counter() > deadline) or job.step == cfg.steps
         saving = job.step % cfg.save_every == 0 or ending
         if job.step % cfg.log_every == 0 or saving:
@@ -191,7 +189,7 @@ def trained(job: Job) -> load.Run:
 def draw(run: load.Run, num: int, progress: bool = True) -> tuple:
     """Images, their conditions, and the report of what they cost."""
     y = None if run.condition is None else run.condition.draw(num).cpu()
-    with torch.compiler.set_stance("force_eager") if run.cfg.compile else nullcontext():    # compiled for training
+    with run.eager():
         images, report = sample.generate(run, num, y, progress=progress, **load.solver_settings(run.cfg))
     return images, y, report
 
@@ -242,9 +240,10 @@ def train(cfg: Config, fresh: bool = False, device: str | None = None, stop_afte
     began = time.perf_counter()
     with (StopSignals("stopped before the first step; the same command starts again") as stop,
           Ranks.start(device) as ranks):
-        job = setup(cfg, ranks)
-        job.began = began
-        resume(job, fresh)
+        with within_memory(ranks.device):
+            job = setup(cfg, ranks)
+            job.began = began
+            resume(job, fresh)
         # what samples need, such as the autoencoder: if it is missing, say so now
         ranks.first_does(load.Run(cfg, job.model, job.facts, Path(cfg.out), 0, "raw").ready)
         ranks.say(memory.summary(job.model, cfg, job.parts, ranks))

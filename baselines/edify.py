@@ -39,7 +39,7 @@ class Edify(OneImage):
     def weight(self, j: int, t: Tensor) -> tuple[Tensor, Tensor]:
         """Weight of band j in the state at times t, and its derivative."""
         slope = 1 / (1 - self.starts[j])
-        gate = ((t - self.starts[j]) * slope).clamp(0, 1)   # a_j; of band 0 it is t
+        gate = ((t - self.starts[j]) * slope).clamp(0, 1)   # a_j; of band 0 t a_0 = t
         opens = slope * (t >= self.starts[j])
         if not self.product or j == 0:
             return gate, opens

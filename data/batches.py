@@ -132,7 +132,7 @@ class Dataset:
 
     channels, side      of what the network sees: pixels or latents
     read(index, u)      the raw batch and its condition y (or None), on the CPU; u (B, 3) uniform: the first number
-                        decides mirroring, the others are free, for crops
+                        decides mirroring, the others are for forks, such as crops
     """
 
     classes: list[str]                                      # names of the labels; none: unconditional, or vectors

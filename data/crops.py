@@ -2,7 +2,7 @@
 
     pip install --no-deps mvtb-data==1.6.1      130 MB, MIT
     pip install scikit-image                    BSD; scikit-learn is there already
-    python -m data.crops crops64 --res 64       then python train.py --dataset folder --data crops64 --num-scales 3
+    python -m data.crops crops64 --res 64       then python train.py --dataset folder --data crops64
 
 Every photograph is a class: 130 crops for training and 60 for tests, drawn alike, so that tests are of the same
 distribution; two may overlap, and `novelty` of fid.py tells copies. A crop is a square of 64 to 320 pixels
@@ -91,7 +91,7 @@ def main() -> None:
         raise UserError(f"{args.folder} is not empty: name another folder, or delete it")
     count = write(Path(args.folder), args.res)
     print(f"wrote      {count:,} images to {args.folder}\n"
-          f"next       python train.py --dataset folder --data {args.folder} --res {args.res} --num-scales 3")
+          f"next       python train.py --dataset folder --data {args.folder} --res {args.res}")
 
 
 if __name__ == "__main__":

@@ -214,7 +214,7 @@ def draw(args: argparse.Namespace) -> None:
     load.full_float32()
     y = choose(run.condition, max(args.numbers) + 1, args.labels, args.vectors)
     y = None if y is None else y[args.numbers * args.num if args.command == "vary" else args.numbers]
-    out = Path(args.out or (run.folder / "samples" if not args.run or Path(args.run).exists() else "samples"))
+    out = gallery.folder_of(run, args)
     show, name, _ = COMMANDS[args.command]
     log.check_record(out / f"{name}.png")                   # makes the directory
     with torch.no_grad():

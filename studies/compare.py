@@ -83,7 +83,7 @@ IMAGE_ABLATIONS = {                                         # on larger images, 
 BEST = ("LapFlow, finer noise x 0.85", "LFM, noise x 0.95", "Pyramidal Flow, finer noise x 0.9")
 STEPS = {f"{name.split(',')[0]}, {steps} steps": ({**IMAGES[name], "solver": "heun", "solver_steps": steps}, None)
          for name in BEST for steps in (6, 12, 24)}         # what sampling costs
-COLUMNS = {"frechet_pixel": ("FD", 3), "frechet": ("FD, classifier", 2),
+COLUMNS = {"frechet_pixel": ("FD, pixels", 3), "frechet": ("FD, classifier", 2),
            "frechet_efficientnet": ("FD, EfficientNet", 1), "precision": ("precision", 3), "recall": ("recall", 3),
            "class_variance": ("class variance", 3), "label_agreement": ("agreement", 3), "novelty": ("novelty", 2),
            "nfe": ("NFE", 0)}
@@ -286,12 +286,12 @@ def table(runs_of: dict, paper_fid: dict, times: dict) -> str:
     if real := lines[0].get("real"):
         cells = [f"{real[key]:.{places}f}" if key in real else "" for key, (_, places) in columns.items()]
         rows.append(["*real images*", *cells, *[""] * (4 + with_paper)])
-    flops = [line["training_flops"] for line in lines]
+    flops, first = [line["training_flops"] for line in lines], lines[0]
     step = max(line["training_flops"] / line["config"]["steps"] for line in lines)
     if max(flops) - min(flops) > max(step, 0.01 * max(flops)) or len({line["config"]["dataset"] for line in lines}) > 1:
         raise UserError("these runs cannot share a table: their data or training FLOPs differ")
     return (f"{markdown(head, rows)}\n\n{flops[0]:.2e} training FLOPs each; {seeds(runs_of.values())}, mean ± standard "
-            f"deviation; {lines[0]['n']} images, {lines[0]['solver']} {lines[0].get('rtol', '')}; "
+            f"deviation; {first['n']} images, {first['solver']}{' ' * ('rtol' in first)}{first.get('rtol', '')}; "
             f"{origin(lines, 'hardware', 'versions')}.")
 
 

@@ -7,6 +7,7 @@ measured, and never zero: a GPU is faster on zeros. A dry run does all of it wit
 
 import copy
 import dataclasses
+import gc
 import json
 import multiprocessing
 import os
@@ -156,27 +157,28 @@ BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIE
             "cudnn": SDPBackend.CUDNN_ATTENTION}
 
 
-def attend(tensors: list, dtype: torch.dtype, backend: SDPBackend) -> list[torch.Tensor]:
-    """Output and gradients of one attention."""
-    inputs = [x.detach().to(dtype, copy=True).requires_grad_() for x in tensors]
+def attend(inputs: list, backend: SDPBackend, upstream: torch.Tensor) -> list[torch.Tensor]:
+    """Output and gradients of one attention; upstream: the gradient of its output. Nothing else takes time."""
     with sdpa_kernel([backend]):
         out = F.scaled_dot_product_attention(*inputs)
-        out.backward(torch.ones_like(out) + out.detach())
-    return [out.detach(), *(x.grad for x in inputs)]
+        return [out.detach(), *torch.autograd.grad(out, inputs, upstream)]
 
 
 def attention(job: Job) -> None:
     """Each backend at our lengths, forward and backward, against float32 products; then the tests on this GPU."""
     for queries, keys in ((4, 5),) if job.dry else PAIRS:
-        tensors = [torch.randn(2, 16, n, 64, device=job.device) for n in (queries, keys, keys)]
-        timed = [x.to(torch.bfloat16).repeat(1 if job.dry else max(2, 16384 // queries), 1, 1, 1) for x in tensors]
-        exact = attend(tensors, torch.float32, SDPBackend.MATH)
-        chosen = SDPBackend(torch._fused_sdp_choice(*(x[:1] for x in timed))).name
+        tensors = [torch.randn(2, 16, n, 64, device=job.device) for n in (queries, keys, keys, queries)]
+        rounded = [x.to(torch.bfloat16) for x in tensors]                           # q, k, v, gradient of the output
+        timed = [x.repeat(1 if job.dry else max(2, 16384 // queries), 1, 1, 1) for x in rounded]
+        for x in (*tensors[:3], *rounded[:3], *timed[:3]):
+            x.requires_grad_()
+        exact = attend(tensors[:3], SDPBackend.MATH, tensors[3])
+        chosen = SDPBackend(torch._fused_sdp_choice(*(x[:1] for x in timed[:3]))).name
         for name, backend in BACKENDS.items():
             try:
-                results = attend(tensors, torch.bfloat16, backend)
+                results = attend(rounded[:3], backend, rounded[3])
                 errors = [float((a.float() - b).norm() / b.norm()) for a, b in zip(results, exact, strict=True)]
-                taken = job.seconds(partial(attend, timed, torch.bfloat16, backend))
+                taken = job.seconds(partial(attend, timed[:3], backend, timed[3]))
                 figures = {"milliseconds": 1000 * taken, "batch": len(timed[0]), "errors": errors,
                            "finite": all(bool(x.isfinite().all()) for x in results)}
             except RuntimeError as problem:
@@ -271,7 +273,8 @@ def profile(job: Job, name: str, model: torch.nn.Module, micro: int) -> None:
     with torch.profiler.profile() as profiler:
         timing.seconds(work, job.device)
     spent = attrgetter("self_device_time_total" if job.device.type == "cuda" else "self_cpu_time_total")
-    kernels = [e for e in profiler.key_averages() if e.device_type.name == job.device.type.upper()]     # no operators
+    kernels = [e for e in profiler.key_averages() if e.device_type.name == job.device.type.upper()      # no operators,
+               and not getattr(e, "is_user_annotation", False)]                     # and nothing counted twice
     kernels = sorted(kernels, key=spent, reverse=True)
     job.say("profile", preset=name, milliseconds=sum(map(spent, kernels)) / 1000,
             kernels=[[e.key[:80], spent(e) / 1000, e.count] for e in kernels[:25]])
@@ -291,12 +294,13 @@ def stages(job: Job, names: tuple) -> None:
         end = job.seconds(partial(end_of_step, model, ema, optimizer, cfg))
         job.say("end of a step", preset=name, milliseconds=1000 * end)
         micro = memory.fit_micro_batch(model, dataclasses.replace(cfg, stages="batch"), cfg.batch, free)
-        micro = time_stages(job, name, model, "eager", micro, end)
+        time_stages(job, name, model, "eager", micro, end)  # perhaps with a smaller one, if this is too large
         load.compile_blocks(model)
         micro = time_stages(job, name, model, "compiled", micro, end)
         if name == "celebahq-256":
             profile(job, name, model, micro)
         del model, ema, optimizer
+        gc.collect()                                        # a compiled module refers to itself
         if job.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -381,8 +385,9 @@ def spare(job: Job) -> None:
     cfg = dataclasses.replace(job.preset("celebahq-256"), steps=2 if job.dry else 60, log_every=1 if job.dry else 10)
     _, lines = train_here(job, cfg)
     later = lines[len(lines) // 2 :]
-    job.say("loop", preset="celebahq-256", memory_gb=later[-1]["memory_gb"], data_wait=later[-1]["data_wait"],
-            images_per_second=statistics.harmonic_mean([line["images_per_second"] for line in later]))
+    means = {key: statistics.harmonic_mean([line[key] for line in later]) for key in ("images_per_second", "mfu")
+             if later[-1][key]}                             # of few steps, so images/s depends on the stages drawn
+    job.say("loop", preset="celebahq-256", memory_gb=later[-1]["memory_gb"], data_wait=later[-1]["data_wait"], **means)
     for batch in (2,) if job.dry else (8, 64):
         time_sampling(job, "celebahq-256", ("bfloat16 weights", "bfloat16 weights, graphs"), batch)
 

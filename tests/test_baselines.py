@@ -347,8 +347,8 @@ def test_stratified_stages_divide_the_global_batch(method, batch, counts):
              for step, rows in ((1, slice(0, 2)), (2, slice(2, batch)))]
     assert np.array_equal(np.concatenate(parts), whole)
     groups = stage_rows(whole, torch.device("cpu"))
-    assert [(stage, len(rows)) for stage, rows in groups] == list(enumerate(counts))
-    assert torch.cat([rows for _, rows in groups]).sort().values.tolist() == list(range(batch))
+    assert [(stage, len(torch.arange(batch)[rows])) for stage, rows in groups] == list(enumerate(counts))
+    assert torch.cat([torch.arange(batch)[rows] for _, rows in groups]).sort().values.tolist() == list(range(batch))
 
 
 def test_stratified_stages_of_dfm_are_spread_evenly():

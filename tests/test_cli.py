@@ -76,6 +76,7 @@ def test_torchrun_takes_no_flag_of_ours_for_its_own(program, capsys):
     ("train.py --starts 0.5,0", "starts must increase"),
     ("train.py --starts 0,x", "--starts: invalid numbers value: '0,x'"),
     ("train.py --path zigzag", "unknown path 'zigzag'"),
+    ("train.py --pyramid zigzag", "unknown pyramid 'zigzag'"),
     ("train.py --noise pink", "unknown noise 'pink'"),
     ("train.py --stages all", "unknown stages 'all'"),
     ("train.py --pyramid egyptian", "unknown pyramid 'egyptian'"),

@@ -32,7 +32,7 @@ from conftest import needs_fork
 from data import batches
 from data.batches import BatchRandom, ImageRandom
 from data.conditions import Labels, Vectors
-from run import checkpoint, load, log, ranks
+from run import checkpoint, load, log, memory, pictures, ranks
 from studies import bench, compare, gpu, tables
 
 aten = torch.ops.aten
@@ -337,6 +337,56 @@ def test_a_model_larger_than_the_gpu_is_one_sentence(monkeypatch):
         load.build_model(Config(), {"channels": 1, "side": 8, "classes": []})
 
 
+@pytest.mark.parametrize("text", ["CUDA out of memory. Tried 2.00 GiB", "Triton Error [CUDA]: out of memory",
+                                  "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"])
+def test_too_little_memory_for_averages_or_moments_is_one_sentence(tmp_path, monkeypatch, text):
+    def deepcopy(model):
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(train.copy, "deepcopy", deepcopy)
+    with pytest.raises(UserError, match="^cpu has too little free memory for this model: choose another --device$"):
+        train.train(Config(out=str(tmp_path / "run"), steps=1), device="cpu")
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
+    with pytest.raises(RuntimeError, match="^shapes do not fit$"), ranks.within_memory("cpu"):
+        raise RuntimeError("shapes do not fit")
+
+
+def test_what_fits_counts_weights_once(monkeypatch):
+    """The free memory is read when the weights are on the GPU already, and the estimate has them too."""
+    cfg = Config(batch=8, num_scales=1, stages="batch")
+    model = load.build_model(cfg, batches.facts(batches.load(Config())), device="meta")
+    need, weights = memory.memory_bytes(model, cfg, 4) / 0.9 + 1, 4 * memory.parameters(model)
+    for free, rows in ((need - weights, 4), (need - weights - 2, 2)):
+        monkeypatch.setattr(memory, "free_memory", lambda device, free=free: free)
+        assert memory.split_batch(model, cfg, ranks.Ranks(0, 1, torch.device("cpu")))[0] == slice(0, rows)
+
+
+def test_blocks_are_compiled_whole_on_several_gpus():
+    """Dynamo cuts graphs where DistributedDataParallel has a bucket's worth of weights, unless it is told not to."""
+    torch._dynamo.config.optimize_ddp = True
+    load.compile_blocks(torch.nn.Identity())
+    assert torch._dynamo.config.optimize_ddp is False
+
+
+def test_a_network_compiled_for_training_is_watched_as_it_is_written(tmp_path, monkeypatch):
+    """Pictures have other batches than training: each would be compiled."""
+    stances = []
+
+    def force(stance):
+        stances.append(stance)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch.compiler, "set_stance", force)
+    cfg = Config(compile=True, solver="euler", solver_steps=2)
+    model = load.build_model(cfg, facts := batches.facts(batches.load(Config())))
+    run = load.Run(cfg, model, facts, tmp_path, 1, "raw")
+    pictures.watch(run, sample.Guided(model), sample.solve, model.condition.draw(3), steps=2)
+    train.draw(run, 2, progress=False)
+    assert stances == ["force_eager"] * 2
+
+
 def test_a_trained_network_is_put_on_the_device():
     cfg, facts = Config(size="32,2,2,2"), batches.facts(batches.load(Config()))
     weights = load.build_model(cfg, facts).state_dict()
@@ -443,7 +493,7 @@ def test_attention_and_its_gradients_on_the_gpu(keys):
     q, k, v = (torch.randn(2, 16, keys, 64, device="cuda", generator=generator) for _ in range(3))
     results = []
     for dtype, backends in ((torch.float32, [SDPBackend.MATH]), (torch.bfloat16, None)):
-        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        inputs = [x.detach().to(dtype, copy=True).requires_grad_() for x in (q, k, v)]
         with sdpa_kernel(backends) if backends else contextlib.nullcontext():
             out = F.scaled_dot_product_attention(*inputs)
         out.float().square().sum().backward()

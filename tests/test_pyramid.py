@@ -2,15 +2,10 @@
 import pytest
 import torch
 
-import config
 from pyramid import PYRAMIDS, decompose, down, reconstruct, up
 
 # ---------------------------------------------------------------------------------------------------------------------
 # every pyramid
-
-
-def test_config_knows_every_pyramid():
-    assert set(config.PYRAMIDS) == set(PYRAMIDS)
 
 
 @pytest.mark.parametrize("pyramid", PYRAMIDS)
