@@ -162,7 +162,9 @@ def load_run(name: str | None = None, raw: bool = False, device: str | None = No
     if cfg.space == "latent" and not cfg.latents:           # an export does not name it
         cfg = dataclasses.replace(cfg, latents=cache_folder(cfg.dataset, cfg.res, cfg.vae, "train"))
     model = restore_model(cfg, facts, state[WEIGHTS[weights]], folder, best_device(device))
-    return Run(cfg, model.eval().requires_grad_(False), facts, folder, state["step"], weights)
+    run = Run(cfg, model.eval().requires_grad_(False), facts, folder, state["step"], weights)
+    _ = run.schedule                                        # refuses a path or a pyramid that this code does not have
+    return run
 
 
 def read_state(name: str | None, raw: bool = False) -> tuple[Path, dict, str]:

@@ -163,7 +163,7 @@ def test_tables_have_mean_and_spread_over_seeds():
     assert "; 2 training seeds, mean" in text
     assert "paper" not in compare.table({"A": [line(0, 0.1)]}, {"A": None}, {})
     judged = compare.table({"A": [line(0, 0.1, frechet=0.8)]}, {}, {})
-    assert "| FD | FD, classifier |" in judged and "| A | 0.100 | 0.80 |" in judged
+    assert "| FD, pixels | FD, classifier |" in judged and "| A | 0.100 | 0.80 |" in judged
     with pytest.raises(UserError, match="cannot share a table"):
         compare.table({"A": [line(0, 0.1), line(1, 0.1, training_flops=2e12)]}, {}, {})
 
@@ -277,7 +277,7 @@ def test_the_table_of_ablations_has_each_score_below_its_name(monkeypatch):
     rows = [line(0, 0.123, class_variance=0.456), line(0, 0.234, class_variance=0.567, settings={"mask": "none"})]
     monkeypatch.setattr(tables, "lines", lambda name: rows)
     text = tables.ablations("ablations", "digits").splitlines()
-    assert text[0] == "| ablation |  | FD | class variance | NFE | parameters, M | paper: FID |"
+    assert text[0] == "| ablation |  | FD, pixels | class variance | NFE | parameters, M | paper: FID |"
     assert text[2:4] == ["| mask | causal | 0.123 | 0.456 | 50 | 1.50 | 3.53 |",
                          "| mask | none | 0.234 | 0.567 | 50 | 1.50 | 3.91 |"]
     assert len(text) == 6 and "1 training seed," in text[5]     # of an ablation with one row there is nothing to say
