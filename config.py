@@ -20,8 +20,8 @@ METHODS = ("lapflow", "lfm", "pyramidal", "pyramidal-zero-overlap", "pixelflow",
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}  # hidden_size, depth, heads
 PRECISIONS = ("float32", "bfloat16")
 SOLVERS = ("dopri5", "euler", "midpoint", "heun", "rk2", "rk4")                  # rk2 is heun
-LAPFLOW = ("experts", "noise", "full_range", "concat_coarse")       # no other system has them, nor, but for
-SPLIT = ("pyramid", "mask", "path")                                 # `separate`, these
+LAPFLOW = ("experts", "noise", "full_range", "concat_coarse")                   # settings that no other system has
+BANDS = ("pyramid", "mask", "path")                         # those that only `separate` has, too
 CHOICES = {"dataset": DATASETS, "space": ("pixel", "latent"), "noise": ("pyramid", "independent"),
            "stages": ("stratified", "batch"), "precision": PRECISIONS, "logger": ("", "tensorboard"),
            "method": METHODS, "block": ("dit", "modern"), "times": ("uniform", "logit-normal"),
@@ -180,7 +180,7 @@ class Config:
             raise UserError(f"stratified stages need a batch of at least {least} images, one for each stage, not "
                             f"{self.batch}")
         if self.method != "lapflow":
-            for name in LAPFLOW + (() if self.method == "separate" else SPLIT):
+            for name in LAPFLOW + (() if self.method == "separate" else BANDS):
                 if getattr(self, name) != getattr(Config, name):
                     raise UserError(f"{name} belongs to LapFlow: leave it out with --method {self.method}")
         if self.method == "lfm" and self.num_scales != 1:

@@ -17,7 +17,6 @@ from config import first_line
 from model import TimestepEmbedder
 from run import ranks
 from run.load import Run
-from run.ranks import has_bfloat16
 
 LARGEST = 64                                                # recordings kept; the oldest goes first
 
@@ -118,7 +117,7 @@ def speed_up(run: Run, settings: dict, graphs: bool = False, record: Callable | 
     already keeps its recordings. record: in place of CudaGraph, for tests.
     """
     device, bfloat16 = run.device, settings["precision"] == "bfloat16"
-    if bfloat16 and not has_bfloat16(device):
+    if bfloat16 and not ranks.has_bfloat16(device):
         warn(f"{torch.cuda.get_device_name(device)} does not compute in bfloat16: sampling in float32")
         bfloat16, settings = False, {**settings, "precision": "float32"}
     if isinstance(run.model.forward, Recorded):
