@@ -184,6 +184,20 @@ def test_what_the_pages_say_of_the_cost_of_sampling_is_in_the_results():
                 if points[other][0] < points[name][0] and points[other][1] < points[name][1]]
 
 
+def test_what_the_text_says_of_the_ablations_on_garments_is_in_the_results():
+    settings = {f"{name} {variant}": changes for name in ("scales", "mask") for variant, (changes, _) in
+                compare.IMAGE_ABLATIONS[name].items()}
+    runs, _ = tables.of_one_length("fashion", settings)
+
+    def behind(name, key="frechet"):
+        return f"{errors_apart(runs, name, 'mask causal', key):.1f}"
+
+    assert (f"one, two and four are farther from real images by {behind('scales 1 (LFM)')}, {behind('scales 2')} and "
+            f"{behind('scales 4')} standard errors") in RESULTS
+    assert f"({behind('mask none')} and {behind('mask self')} standard errors)" in RESULTS
+    assert f"agreement with the label falls, by {behind('mask none', 'label_agreement')[1:]}" in RESULTS
+
+
 def test_the_standard_errors_between_systems_are_those_of_the_results():
     names = ("LFM", "Pyramidal Flow", "PixelFlow", "EdifyImage", "LapFlow, two scales")
     scaled, others, cold = "LapFlow, finer noise x 0.85", "Pyramidal Flow, finer noise x 0.9", "LFM, noise x 0.95"
