@@ -217,6 +217,11 @@ def test_the_standard_errors_between_systems_are_those_of_the_results():
     assert f"EdifyImage is behind by {edify[0]} in the first and ahead by {edify[1]} in the second" in text
     assert apart("EdifyImage", "frechet") < 0 < apart("EdifyImage", "frechet_efficientnet")
     assert f"closer than two by {two[0]} and {two[1]}" in text
+    rest, _ = tables.of_one_length("fashion", {name: compare.IMAGES[name] for name in (
+        "LapFlow, shared weights", "DFM", "LapFlow, as in the paper")})
+    shared, dfm, bare = means(rest, "frechet").values()
+    assert f"with shared weights ({shared:.2f}) and DFM ({dfm:.2f})" in text and f"options it is at {bare:.2f}" in text
+    assert f"without them its distance is {bare:.2f}" in README
     for name in names[:4]:
         assert all(apart(name, key) > 4 for key in ("precision", "label_agreement"))
         assert apart(name, "recall") < -4 and (apart(name, "class_variance") < -4 or name == "LFM")
