@@ -139,9 +139,8 @@ class Schedule:
 
 def stage_rows(stage: np.ndarray, device: torch.device) -> list[tuple[int, Tensor | slice]]:
     """[(s, the rows that train stage s), ...] for the stages that a batch has."""
-    there = np.unique(stage).tolist()
-    whole = len(there) == 1                                 # then nothing is copied, and a GPU is not waited for
-    return [(s, slice(None) if whole else torch.from_numpy(np.flatnonzero(stage == s)).to(device)) for s in there]
+    rows = {s: torch.from_numpy(np.flatnonzero(stage == s)) for s in np.unique(stage).tolist()}
+    return [(s, slice(None) if len(rows) == 1 else places.to(device, non_blocking=True)) for s, places in rows.items()]
 
 
 def loss(model: Callable, x1: Tensor, y: Tensor | None, schedule: Schedule,

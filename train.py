@@ -172,7 +172,7 @@ def loop(job: Job, stop: StopSignals, deadline: float) -> None:
                 save(job)
             if ranks.first and not ending:
                 glance(job)
-    metrics.close()
+    metrics.bar.close()
     stream.close()
 
 

@@ -200,9 +200,9 @@ def append_line(file: Path, entry: dict) -> None:
 
 
 def read_lines(files: Iterable[Path]) -> list[dict]:
-    """The entries of files of such lines; a line that a kill cut off is left out."""
+    """The entries of files of such lines; a file that is missing, or a line that a kill cut off, is left out."""
     entries = []
-    for file in sorted(files):
+    for file in sorted(filter(Path.exists, files)):
         for line in file.read_bytes().splitlines():
             with suppress(ValueError, RecursionError):
                 entries.append(json.loads(line))

@@ -6,6 +6,7 @@ each pass. A CUDA graph is a recording of those kernels: one start replays them 
 a CPU). The recordings stay with the network, so that many calls pay for them once.
 """
 
+import functools
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -35,6 +36,12 @@ def to_bfloat16(model: nn.Module) -> None:
             module.to(torch.bfloat16)
 
 
+@functools.cache
+def side_stream(device: int) -> torch.cuda.Stream:
+    """Where work runs before it is recorded: one for each GPU, since libraries keep memory for each stream."""
+    return torch.cuda.Stream(device)
+
+
 class CudaGraph:
     """The kernels of work(), which gives tensors: recorded once; replay() runs them again and gives the same tensors.
 
@@ -42,7 +49,8 @@ class CudaGraph:
     """
 
     def __init__(self, work: Callable, pool: tuple | None):
-        self.graph, side, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.current_stream()
+        self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        side = side_stream(torch.cuda.current_device())
         side.wait_stream(stream)
         with torch.cuda.stream(side):                       # not recorded: libraries load, blocks compile
             for _ in range(3):

@@ -156,8 +156,7 @@ def load_run(name: str | None = None, raw: bool = False, device: str | None = No
             not HUB.fullmatch(str(named)) or Path(named.split("@")[0]).exists()):
         raise UserError(f"the export {folder} asks for an autoencoder in the folder {named!r}, but no file chooses "
                         "folders of this machine: name it yourself with --vae")
-    changes = {"vae": vae} if vae else {}
-    changes |= {} if noise_scale is None else {"noise_scale": noise_scale}
+    changes = {key: x for key, x in (("vae", vae or None), ("noise_scale", noise_scale)) if x is not None}
     cfg, facts = Config.from_dict({**state["config"], **changes}), state["data"]
     if cfg.space == "latent" and not cfg.latents:           # an export does not name it
         cfg = dataclasses.replace(cfg, latents=cache_folder(cfg.dataset, cfg.res, cfg.vae, "train"))

@@ -79,9 +79,6 @@ class Log:
         yield
         self.began += time.perf_counter() - began
 
-    def close(self) -> None:
-        self.bar.close()
-
     def add(self, loss: torch.Tensor, errors: list, images: int) -> None:
         """One micro-batch: its loss, and for each active band (t, squared error), one number per example."""
         bands = self.cfg.num_scales
@@ -160,7 +157,7 @@ class Log:
 
 def keep_lines(file: Path, keep: Callable) -> None:
     """Rewrites a file of JSON lines, or makes an empty one, with the lines for which keep(line) is true."""
-    lines, temporary = checkpoint.read_lines([file]) if file.exists() else [], file.with_suffix(".tmp")
+    lines, temporary = checkpoint.read_lines([file]), file.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(line) + "\n" for line in lines if keep(line)))
     os.replace(temporary, file)
 

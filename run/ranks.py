@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
-from typing import TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,8 +31,6 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from config import UserError, first_line
-
-T = TypeVar("T")                                            # whatever the processes hand on
 
 # A process that hangs ends the others after this long. One that dies ends them at once: torchrun stops them.
 TIMEOUT = timedelta(minutes=float(os.environ.get("LAPFLOW_TIMEOUT_MINUTES", 30)))
@@ -172,7 +170,7 @@ class Ranks:
             dist.all_reduce(x, dist.ReduceOp.MIN)
         return x.item()
 
-    def gather(self, value: T) -> list[T]:
+    def gather(self, value: object) -> list:
         """The values of all processes, in their order, for the first one; the others get []."""
         if self.world == 1:
             return [value]
@@ -180,7 +178,7 @@ class Ranks:
         dist.gather_object(value, values)
         return values or []
 
-    def share(self, value: T) -> T:
+    def share(self, value: Any) -> Any:
         """The first process's value, for all."""
         values = [value if self.first else None]
         if self.world > 1:
@@ -190,7 +188,7 @@ class Ranks:
     def barrier(self) -> None:
         self.any(False)
 
-    def first_does(self, work: Callable[[], T]) -> T | None:
+    def first_does(self, work: Callable[[], Any]) -> Any:
         """The first process works while the others wait; when it fails, it prints why and all end. Its result."""
         result = problem = None
         if self.first:

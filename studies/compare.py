@@ -180,7 +180,7 @@ def train_one(name: str, cfg: Config, args: argparse.Namespace, commit: str, chi
     model = memory.meta_model(cfg, facts)
     flops = memory.forward_flops(model)
     sampling = sum(calls * count for calls, count in zip(scores["nfe_segments"], flops, strict=True))
-    curve = checkpoint.read_lines(path for path in [folder / "scores.jsonl"] if path.exists())
+    curve = checkpoint.read_lines([folder / "scores.jsonl"])
     for key in ("run", "seconds_per_image", "seconds_total"):           # times are measured later, one run at a time
         scores.pop(key, None)
     log.record(args.record, cfg, best_device(args.device), {
@@ -347,9 +347,8 @@ def gathered(lines: list[dict], wanted: dict) -> tuple[dict, dict]:
 def report(planned: list[tuple[str, Config]], args: argparse.Namespace) -> None:
     """Writes and prints the table of the finished runs, and the pictures."""
     out, lines, name = Path(args.out), checkpoint.read_lines([args.record]), args.ablation or set_name(args)
-    done = {variant: [] for variant in variants(args)}
-    for variant, cfg in planned:
-        done[variant] += [line for line in [finished(lines, cfg, "run")] if line]
+    done = {variant: [line for of, cfg in planned if of == variant and (line := finished(lines, cfg, "run"))]
+            for variant in variants(args)}
     times = {variant: line["seconds_per_image"] for variant, cfg in planned if (line := finished(lines, cfg, "time"))}
     paper_fid = {variant: value for variant, (_, value) in variants(args).items()}
     text = table(done, paper_fid, times)

@@ -89,12 +89,13 @@ class Job:
 
 
 def random_network(cfg: Config, device: torch.device) -> torch.nn.Module:
-    """The network of a preset with weights that are random everywhere, the zeros of a new one too."""
-    torch.manual_seed(0)
-    model = load.build_model(cfg, memory.paper_facts(cfg), device=device).to(device)
+    """The network of a preset, all weights random; torch's own generator may refuse after a recording that fails."""
+    generator = torch.Generator(device).manual_seed(0)
+    model = load.build_model(cfg, memory.paper_facts(cfg), device="meta").to_empty(device=device)
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
-    return model
+        torch.nn.init.normal_(parameter, std=0.02, generator=generator)
+    model.compute_positions()                               # of numbers now, and not of shapes alone
+    return model.to(device)
 
 
 def random_cache(folder: Path, cfg: Config, count: int = 1024) -> None:

@@ -23,8 +23,7 @@ PAGES = ("README.md", "docs/results.md", "docs/paper.md", "docs/scores.md")
 
 
 def lines(name: str) -> list[dict]:
-    file = ROOT / "results" / f"{name}.jsonl"
-    return checkpoint.read_lines([file] if file.exists() else [])
+    return checkpoint.read_lines([ROOT / "results" / f"{name}.jsonl"])
 
 
 def of_one_length(name: str, wanted: dict, dataset: str = "") -> tuple[dict, dict]:

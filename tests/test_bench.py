@@ -73,6 +73,17 @@ def test_a_training_pass_trains_one_stage_on_the_same_images():
         assert trained == [i <= stage for i in range(3)]
 
 
+def test_the_random_network_leaves_the_generator_of_torch_alone():
+    """After a recording that failed, that of a GPU may refuse; the positions are those of a new network."""
+    cfg, before = Config(space="latent", dataset="imagenet", res=128, vae="x", size="32,1,2,2"), torch.get_rng_state()
+    model, again = gpu.random_network(cfg, "cpu"), gpu.random_network(cfg, "cpu")
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    new = gpu.load.build_model(cfg, gpu.memory.paper_facts(cfg))
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), new.buffers(), strict=True))
+    assert min(parameter.std() for parameter in model.parameters()) > 0.01
+
+
 def test_stages_are_timed_with_a_micro_batch_that_fits(tmp_path, monkeypatch):
     """Images per second are those of whole steps: micro-batches of each stage, and the end of the step."""
     def training_pass(model, cfg, stage, micro, precision):

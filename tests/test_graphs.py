@@ -193,8 +193,11 @@ class FakeCuda:
         self.calls = []
         for name in ("stream", "graph"):
             monkeypatch.setattr(torch.cuda, name, partial(self.context, name, broken and name == "graph"))
-        for name in ("Stream", "CUDAGraph", "current_stream"):
+        for name in ("CUDAGraph", "current_stream"):
             monkeypatch.setattr(torch.cuda, name, lambda: self)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: self.calls.append("new") or self)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        graphs.side_stream.cache_clear()
         monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: self.calls.append("restored"))
 
     @contextlib.contextmanager
@@ -217,17 +220,17 @@ class FakeCuda:
 def test_a_cuda_graph_is_warmed_up_recorded_and_replayed(monkeypatch):
     cuda, works = FakeCuda(monkeypatch), []
     first = graphs.CudaGraph(lambda: works.append(1) or works, None)
-    assert len(works) == 4 and cuda.calls == ["wait", "stream", "wait", "graph", "restored"]
+    assert len(works) == 4 and cuda.calls == ["new", "wait", "stream", "wait", "graph", "restored"]
     assert first.replay() is works and cuda.calls[-1] == "replay"
     graphs.CudaGraph(lambda: works, first.pool)
-    assert "graph in pool" in cuda.calls
+    assert "graph in pool" in cuda.calls and cuda.calls.count("new") == 1           # one side stream for all
 
 
 def test_a_broken_cuda_graph_gives_the_stream_back(monkeypatch, capsys):
     run, settings = make_run(), dict(solver="euler", steps=4)
     expected, cuda = images(run, **settings), FakeCuda(monkeypatch, broken=True)
     assert torch.equal(images(run, record=graphs.CudaGraph, **settings), expected)
-    assert cuda.calls == ["wait", "stream", "wait", "graph", "restored"]        # once, then without
+    assert cuda.calls == ["new", "wait", "stream", "wait", "graph", "restored"] # once, then without
     assert "(CUDA error: operation failed due to a previous error during capture)" in capsys.readouterr().err
 
 
