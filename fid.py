@@ -254,7 +254,7 @@ def against_data(args: argparse.Namespace, samples: Samples, ranks: Ranks) -> di
     if name != "pixels":
         extractor = (load_classifier(dataset, run.decode, run.device) if name == "classifier"
                      else load_extractor(args, name, ranks))
-    drawn = tqdm(samples.draw(), desc="sampling", unit="batch", total=math.ceil(samples.num / args.batch), leave=False)
+    drawn = tqdm(samples.draw(), "sampling", math.ceil(samples.num / args.batch), leave=False, disable=None)
     _, images, y = zip(*drawn, strict=True)
     images, y = np.concatenate(images), np.concatenate(y)
     known = y.ndim > 1 or run.classes and y.min() >= 0

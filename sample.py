@@ -159,7 +159,7 @@ def generate(run: Run, num: int, y: Tensor | None, seed: int = 0, batch: int = 2
              **settings) -> tuple[np.ndarray, dict]:
     """Images 0..num-1 of a seed: uint8 (num, H, W, C), and a report of what they cost."""
     images, notes = [], []
-    with tqdm(total=num, desc="sampling", unit="img", disable=not progress, leave=False) as bar:
+    with tqdm(total=num, desc="sampling", unit="img", disable=not progress or None, leave=False) as bar:
         for numbers, drawn, note in draw_batches(run, chunks_of(num, batch), y, seed, **settings):
             images.append(drawn)
             notes.append(note)

@@ -258,7 +258,7 @@ def read_all(source: sources.Source, cfg: Config) -> Images:
     """Every image of a source, decoded into memory (3 R^2 bytes each). Raises UserError at a bad one, or skips it."""
     vectors = source.vectors() if cfg.condition == "vectors" else None
     pixels, good, bad = np.empty((len(source), 3, cfg.res, cfg.res), np.uint8), [], []
-    for i in tqdm(range(len(source)), desc="reading images", unit="file", leave=False, disable=not FIRST):
+    for i in tqdm(range(len(source)), desc="reading images", unit="file", leave=False, disable=not FIRST or None):
         pixels[len(good)], problem = source.image_or_problem(i, cfg.res, cfg.skip_bad)
         if problem:
             bad.append(problem)

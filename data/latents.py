@@ -179,7 +179,7 @@ class Cache:
             return self.source.image_or_problem(i, self.header["res"], skip_bad)
 
         bar = tqdm(total=len(self.source), initial=len(self.source) - sum(len(chunks[c]) for c in todo),
-                   desc="encoding", unit="img", disable=not ranks.first)
+                   desc="encoding", unit="img", mininterval=1, disable=not ranks.first)
         with ThreadPoolExecutor(max(1, workers)) as pool, bar:
             own = todo[ranks.rank :: ranks.world]
             waiting = (pool.map(read, chunks[c]) for c in own)                      # next() starts reading a chunk

@@ -112,8 +112,7 @@ class Gallery:
 
 def folder_of(run: Run, args: argparse.Namespace) -> Path:
     """Where samples go: beside the run, or here when that lies in the hub's cache."""
-    in_cache = args.run is not None and not Path(args.run).exists()
-    return Path(args.out or ("samples" if in_cache else run.folder / "samples"))
+    return Path(args.out or ("samples" if args.run and not Path(args.run).exists() else run.folder / "samples"))
 
 
 def job_of(run: Run, args: argparse.Namespace, settings: dict) -> dict:
@@ -195,9 +194,11 @@ def open_samples(where: Path, batch: int = 250) -> tuple[int, list]:
 
 
 def report_of(run: Run, notes: list[dict], seed: int, batch: int, settings: dict) -> dict:
-    """What the images cost, and how they were made; NFE and network passes are means over the batches."""
+    """What the images cost, and how they were made; NFE and network passes are means over the batches. precision is a
+    score: that of the network has another name."""
     nfe, num = np.mean([note["nfe"] for note in notes], axis=0).tolist(), sum(note["count"] for note in notes)
-    return {"num": num, "seed": seed, "batch": batch, **noise_scale(run), **settings,
+    how = {"network_precision" if key == "precision" else key: value for key, value in settings.items()}
+    return {"num": num, "seed": seed, "batch": batch, **noise_scale(run), **how,
             "nfe_segments": nfe, "nfe": sum(nfe), "forwards": sum(note["forwards"] for note in notes) / len(notes),
             "seconds_per_image": sum(note["seconds"] for note in notes) / num,
             "memory_gb": peak_memory(run.device), "device": str(run.device),
@@ -212,10 +213,11 @@ def describe(report: dict) -> str:
     low, high = report.get("interval", (0, 1))
     between = "" if (low, high) == (0, 1) else f" between t = {low:g} and {high:g}"
     noise = f", noise x {','.join(f'{x:g}' for x in report['noise_scale'])}" if "noise_scale" in report else ""
+    network = report.get("network_precision", "float32") + noise
     segments = " + ".join(f"{n:g}" for n in report["nfe_segments"])
     return (f"weights    {report['weights']} at step {report['step']} of {report['run']}\n"
             f"solver     {report['solver']}, {', '.join(settings)}, {report['batch']} images at a time\n"
-            f"guidance   {report['cfg_scale']:g}{between}, network in {report.get('precision', 'float32')}{noise}\n"
+            f"guidance   {report['cfg_scale']:g}{between}, network in {network}\n"
             f"NFE        {segments} = {report['nfe']:g} by segment ({report['forwards']:g} network passes per image)\n"
             f"time       {report['seconds_per_image']:.4f} s per image on {report['device']}, peak memory "
             f"{report.get('memory_gb', math.nan):.2f} GB")

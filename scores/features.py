@@ -113,7 +113,7 @@ def load_extractor(name: str, file: str = "", device: torch.device | str = "cpu"
 
 def apply(extractor: Callable, images: np.ndarray, batch: int = 250) -> np.ndarray:
     """Features float64 (N, D) of many images."""
-    starts = tqdm(range(0, len(images), batch), desc="features", unit="batch", leave=False)
+    starts = tqdm(range(0, len(images), batch), desc="features", unit="batch", leave=False, disable=None)
     return np.concatenate([extractor(images[i : i + batch]) for i in starts]).astype(np.float64)
 
 

@@ -44,7 +44,7 @@ def statistics_of(batches: Iterable[tuple[int, np.ndarray]], extractor: Callable
     """One pass over (number of the first, images) of this process, added up in float64: the statistics of all processes
     together, in the first one; None in the others."""
     count, sums, products, features, step = 0, 0.0, 0.0, {}, max(1, math.ceil(total / KEEP))
-    with tqdm(total=total, desc="features", unit="img", leave=False, disable=not ranks.first) as bar:
+    with tqdm(total=total, desc="features", unit="img", leave=False, disable=not ranks.first or None) as bar:
         for first, images in batches:
             part = extractor(images)                                                # (B, D)
             x = part.astype(np.float64)

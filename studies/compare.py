@@ -120,10 +120,7 @@ def plan_runs(args: argparse.Namespace) -> list[tuple[str, Config]]:
     given |= {name: getattr(args, name) for name in ("data", "res", "steps", "size") if getattr(args, name)}
     runs, budget, facts = [], None, memory.quick_facts(paper.resolve(given))
     for name, (settings, _) in variants(args).items():
-        more = dict(settings)
-        if more.get("method") == "lfm":
-            more["num_scales"] = 1
-        cfg = paper.resolve({**given, **more, "out": "-"})
+        cfg = paper.resolve({**given, **settings, "out": "-"})
         flops = memory.step_flops(cfg, facts)
         if budget is None:
             budget, budget_steps = cfg.steps * flops, cfg.steps

@@ -426,5 +426,5 @@ def test_a_network_in_bfloat16_keeps_the_state_in_float32(run, monkeypatch):
     images, report = sample.generate(run, 3, torch.arange(3), progress=False, precision="bfloat16", **HEUN)
     exact, _ = sample.generate(run, 3, torch.arange(3), progress=False, **HEUN)
     assert states == {torch.float32}
-    assert report["precision"] == "bfloat16" and not np.array_equal(images, exact)
+    assert report["network_precision"] == "bfloat16" and not np.array_equal(images, exact)
     assert np.abs(images.astype(int) - exact).mean() < 8

@@ -256,6 +256,9 @@ def test_labels_of_sample_files_are_right_in_batches_of_any_size(format, tmp_pat
     assert "samples    images\nweights    raw at step 1" in out and "23 generated images" in out
     line = json.loads((tmp_path / "line.jsonl").read_text())
     assert line["samples"] == "images" and "label_agreement" in line and (tmp_path / "images" / "scores.json").exists()
+    call(fid.main, "out/run", "--num", "23", "--batch", "7", "--precision", "bfloat16", "--record", "rounded.jsonl")
+    rounded = json.loads((tmp_path / "rounded.jsonl").read_text())
+    assert rounded["network_precision"] == "bfloat16" and 0 <= rounded["precision"] <= 1        # the network's, a score
     call(fid.main, "out/run", "--num", "23", "--batch", "7", "--record", "line.jsonl")
     direct = json.loads((tmp_path / "line.jsonl").read_text().splitlines()[1])
     for name in ("frechet_pixel", "precision", "label_agreement"):
