@@ -304,7 +304,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--atol", type=float, help="absolute tolerance of dopri5")
     parser.add_argument("--steps", type=int, help="steps of a fixed-step solver, over all segments together")
     parser.add_argument("--norm", choices=("batch", "sample"), default="batch",
-                        help="error norm of dopri5: over the whole batch (as the paper), or its worst image [batch]")
+                        help="error norm of dopri5: over the whole batch (as torchdiffeq), or its worst image [batch]")
     parser.add_argument("--batch", type=int, default=250, help="images at a time [250]")
     parser.add_argument("--vae", help="where the run's autoencoder is now, when it has moved")
     parser.add_argument("--raw", action="store_true", help="use the raw weights, not their moving average")

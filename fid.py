@@ -63,8 +63,8 @@ def statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _distances(points: np.ndarray, centres: np.ndarray) -> Iterator[torch.Tensor]:
     """Euclidean distances to all centres, (1000, len(centres)) at a time."""
     points, centres = (torch.as_tensor(np.asarray(x), dtype=torch.float64) for x in (points, centres))
-    exact = points.shape[1] <= 512                          # from differences, so that equal points are at 0; of many
-    mode = "donot_use_mm_for_euclid_dist" if exact else "use_mm_for_euclid_dist"    # features: minutes, not hours
+    exact = points.shape[1] <= 512                          # equal points are at 0; of more features it takes hours
+    mode = "donot_use_mm_for_euclid_dist" if exact else "use_mm_for_euclid_dist"
     return (torch.cdist(part, centres, compute_mode=mode) for part in points.split(1000))
 
 
@@ -145,7 +145,7 @@ def judge(extractor: Callable, real: np.ndarray, real_labels: np.ndarray, fake: 
 def evaluate(dataset: batches.Dataset, images: np.ndarray, y: np.ndarray | None, decode: Callable,
              extractor: Callable | None = None, force: bool = False) -> dict:
     """Scores of generated images against the test split, or the training set where there is none, and, under "real",
-    of as many real ones (at most half of them) against the remaining ones: what a perfect generator would get.
+    of as many real ones (at most half of them) against the remaining ones: about what a perfect generator would get.
 
     y: labels (N,), vectors (N, dim) or None. decode: data x1 -> uint8 images, as the run's own: latents are compared as
     the autoencoder gives them back. extractor: judge in its features, with equal n on all sides, in place of pixels."""
@@ -162,7 +162,8 @@ def evaluate(dataset: batches.Dataset, images: np.ndarray, y: np.ndarray | None,
     if extractor:                                           # equally many images on all sides
         chosen = np.random.default_rng(0).permutation(len(images))[:n]
         images, labels = images[chosen], None if labels is None else labels[chosen]
-        compared, against, real_against = partial(judge, extractor, force=force), *[slice(n, 2 * n)] * 2
+        compared = partial(judge, extractor, force=force)
+        against = real_against = slice(n, 2 * n)
     else:
         train = pixels(dataset.reference(count)[0]) if test else None
         compared, against, real_against = partial(score, train=train), slice(None), slice(n, None)
@@ -255,8 +256,7 @@ def against_data(args: argparse.Namespace, samples: Samples, ranks: Ranks) -> di
         extractor = (load_classifier(dataset, run.decode, run.device) if name == "classifier"
                      else load_extractor(args, name, ranks))
     drawn = tqdm(samples.draw(), "sampling", math.ceil(samples.num / args.batch), leave=False, disable=None)
-    _, images, y = zip(*drawn, strict=True)
-    images, y = np.concatenate(images), np.concatenate(y)
+    images, y = map(np.concatenate, [*zip(*drawn, strict=True)][1:])
     known = y.ndim > 1 or run.classes and y.min() >= 0
     return evaluate(dataset, images, y if known else None, run.decode, extractor, args.force)
 

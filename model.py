@@ -183,7 +183,7 @@ class MoTDiT(nn.Module):
     in_channels    C, of images or latents
     resolution     H = W of the finest band; that of each band is divisible by its patch size
     num_scales     K; 1 is a plain DiT
-    num_classes    short for a condition of so many labels; 0 is unconditional
+    num_classes    shorthand for a condition on so many labels; 0 is unconditional
     experts        what is per band: full | qkv | none
     mask           which bands a band reads: causal | none | self
     condition_tokens   also put the time and condition embeddings in front of band 0, where every band reads them
@@ -217,7 +217,7 @@ class MoTDiT(nn.Module):
             nn.Linear((1 + (concat_coarse and i > 0)) * in_channels * p**2, d) for i, p in enumerate(self.patches))
         self.time = TimestepEmbedder(d)
         self.condition = condition(d) if condition else None
-        self.num_classes = len(getattr(self.condition, "classes", ()))              # also the null label
+        self.num_classes = len(getattr(self.condition, "classes", ()))              # the null label has this number
         self.num_cond = (1 + (self.condition is not None)) if condition_tokens else 0
         self.blocks = nn.ModuleList(MoTBlock(d, num_heads, num_scales, experts, mask, block) for _ in range(depth))
         self.patch_out = nn.ModuleList(FinalLayer(d, in_channels * p**2) for p in self.patches)

@@ -57,8 +57,8 @@ def solve(velocity: Callable, noise: list[Tensor], schedule, solver: str = "dopr
                 The first few bands only: the same segments with those, a preview (extras/causal.py)
     schedule    segments, and enter(j, bands, noise_j), the state as segment j begins: a Schedule, or a baseline's
     solver      dopri5, or with `steps` (shared out over the segments): euler, midpoint, heun (= rk2), rk4
-    norm        what dopri5 holds below the tolerance: "batch", the root mean square over all images as in torchdiffeq
-                and the paper's code base, or "sample", that of the worst image, at more NFE
+    norm        what dopri5 holds below the tolerance: "batch", the root mean square over all images, as torchdiffeq, or
+                "sample", that of the worst image, at more NFE
     jumps       times at which the velocity jumps, such as the ends of an interval of guidance; dopri5 stops there
 
     The solver never crosses a start time, where the field jumps too. State and time are float32 or better whatever the
@@ -113,13 +113,13 @@ class Guided:
         self.calls, self.passes = Counter(), 0
 
     def jumps(self, y: Tensor | None) -> tuple:
-        """Times at which this velocity jumps, for `solve`."""
+        """For `solve`: the ends of the interval, where this velocity jumps; () when nothing is guided."""
         return self.interval if y is not None and self.cfg_scale != 1 else ()
 
     @torch.no_grad()
     def __call__(self, bands: list[Tensor], t: Tensor, y: Tensor | None) -> list[Tensor]:
         self.calls[bands[-1].shape[-1]] += 1
-        guided = self.jumps(y) and (self.interval == (0, 1) or self.interval[0] <= t.max() <= self.interval[1])
+        guided = self.jumps(y) != () and (self.interval == (0, 1) or self.interval[0] <= t.max() <= self.interval[1])
         with torch.autocast(t.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             if not guided:
                 self.passes += 1

@@ -44,7 +44,7 @@ class Schedule:
     stage_weights   how often each stage is trained, relative to the others; (): equally, as the paper.  # not in paper
     noise_scale     of each band's noise, for sampling only; (): 1, as the paper.  # not in paper
 
-    Raises UserError when the starts do not increase from 0 to below 1.
+    Raises UserError when the starts do not increase from 0 to below 1, and for an unknown path or pyramid.
     """
 
     starts: tuple[float, ...] = (0.0, 0.5)
@@ -137,7 +137,7 @@ class Schedule:
         return (np.argsort(due, axis=None, kind="stable")[: rng.batch] // rng.batch)[rng.rows]
 
 
-def stage_rows(stage: np.ndarray, device: torch.device) -> list[tuple[int, Tensor | slice]]:
+def rows_by_stage(stage: np.ndarray, device: torch.device) -> list[tuple[int, Tensor | slice]]:
     """[(s, the rows that train stage s), ...] for the stages that a batch has."""
     rows = {s: torch.from_numpy(np.flatnonzero(stage == s)) for s in np.unique(stage).tolist()}
     return [(s, slice(None) if len(rows) == 1 else places.to(device, non_blocking=True)) for s, places in rows.items()]
@@ -154,7 +154,7 @@ def loss(model: Callable, x1: Tensor, y: Tensor | None, schedule: Schedule,
     x1 = schedule.split(x1)
     stage, u = schedule.stage_of_rows(rng), schedule.draw_times(rng)            # (B,) each
     total, errors = 0.0, [[] for _ in schedule.starts]
-    for s, rows in stage_rows(stage, u.device):
+    for s, rows in rows_by_stage(stage, u.device):
         start, end = schedule.segments[s]
         t = start + ((1.0 if schedule.full_range else end) - start) * u[rows]   # (B_s,)
         xt, v = schedule.interpolate([band[rows] for band in x1[: s + 1]], [band[rows] for band in x0[: s + 1]], t)

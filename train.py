@@ -98,10 +98,10 @@ def setup(cfg: Config, ranks: Ranks) -> Job:
 
 
 def resume(job: Job, fresh: bool) -> None:
-    """From the newest checkpoint, --init, or nothing, the same in all processes."""
+    """Starts from the newest checkpoint, else from --init, else from new weights; the same in all processes."""
     cfg, ranks, out = job.cfg, job.ranks, Path(job.cfg.out)
     count = cfg.keep + 1 + (cfg.steps // cfg.keep_every if cfg.keep_every else 0)
-    room = count * memory.parameters(job.model) * (16 if cfg.ema else 12)
+    room = count * memory.parameters(job.model) * (16 if cfg.ema else 12)       # bytes: weights, two moments, EMA
     ranks.first_does(lambda: checkpoint.prepare(out, fresh, room))
     state = ranks.first_does(lambda: checkpoint.load_newest(out))
     job.step = job.resumed_at = ranks.share(state["step"] if state else 0)      # only the first process has read it
@@ -124,7 +124,7 @@ def resume(job: Job, fresh: bool) -> None:
 
 
 def save(job: Job) -> None:
-    """In all processes; a thread of the first writes the file while they go on."""
+    """Called in all processes; a thread of the first one writes the file while they go on."""
     state = {"step": job.step, "config": job.cfg.to_dict(), "data": job.facts, "model": job.model.state_dict(),
              "ema": job.ema.state_dict() if job.ema is not None else None,
              "optimizer": job.ranks.optimizer_state(job.optimizer)}
@@ -144,7 +144,7 @@ def loop(job: Job, stop: StopSignals, deadline: float) -> None:
     metrics = log.Log(cfg, ranks, job.step, job.facts, job.writer)
     stream = batches.micro_batches(job.dataset, cfg, job.step, job.parts, ranks.device, model.condition)
     ending = job.step >= cfg.steps
-    if ending:                                              # nothing to train; sample.py reads new settings there
+    if ending:                                              # nothing left to train: keeps new settings for sample.py
         save(job)
     while not ending:
         lr = optimizer.param_groups[0]["lr"] = learning_rate(cfg, job.step)
@@ -155,7 +155,7 @@ def loop(job: Job, stop: StopSignals, deadline: float) -> None:
                 (loss / len(job.parts)).backward()
             metrics.add(loss, errors, len(x1))
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
-        if optimizer.defaults["fused"]:                     # on the device: AdamW then leaves the weights alone
+        if optimizer.defaults["fused"]:                     # it skips the step, on the device, when found_inf is 1
             getattr(optimizer, "optim", optimizer).found_inf = (~grad_norm.isfinite()).float()
         if optimizer.defaults["fused"] or grad_norm.isfinite():
             optimizer.step()
@@ -195,7 +195,7 @@ def draw(run: load.Run, num: int, progress: bool = True) -> tuple:
 
 
 def glance(job: Job) -> None:
-    """In the midst of training: a grid of samples, and scores, each at its interval. Errors are reported only."""
+    """During training: draws a grid and scores samples, each at its interval. Errors are only reported."""
     cfg, run, precision = job.cfg, trained(job), torch.get_float32_matmul_precision()
     try:
         if cfg.sample_every and job.step % cfg.sample_every == 0:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from model import MoTDiT, patchify, unpatchify
-from schedule import Schedule, stage_rows
+from schedule import Schedule, rows_by_stage
 
 
 def sample(model: Callable, rng, y: Tensor | None, schedule: Schedule, shape: tuple[int, int, int], solve: Callable,
@@ -43,7 +43,7 @@ def one_image_loss(model: Callable, y: Tensor | None, u: Tensor, schedule: OneIm
     """
     stage = schedule.stage_of_rows(rng)                                             # (B,)
     total, errors = 0.0, [(u[:0], u[:0])] * (stage.max() + 1)
-    for i, rows in stage_rows(stage, u.device):
+    for i, rows in rows_by_stage(stage, u.device):
         xt, v, t = state(i, rows, u[rows])
         (v_pred,) = model([xt], t, None if y is None else y[rows])
         error = (v_pred.float() - v).square().mean(dim=(1, 2, 3))                   # (B_i,)

@@ -1,4 +1,4 @@
-"""Images, their conditions (labels or vectors), and every random number of the project.
+"""Images, their conditions (labels or vectors), and every random number of training and sampling.
 
 * Training: all randomness of step k comes from one generator seeded by (seed, k) and is drawn for the whole global
   batch; a process keeps its own rows. So a step does not depend on how many processes share it, and a resumed run
@@ -118,7 +118,7 @@ def micro_batches(dataset: "Dataset", cfg: Config, step: int, parts: list[slice]
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Pixels in [-1, 1] to 0..255, rounded. The only place where this conversion is made."""
+    """Pixels in [-1, 1] to 0..255, rounded. The one place of this conversion; mini.py has a copy."""
     return (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8)
 
 

@@ -1,7 +1,7 @@
 """The model card of an export, and its way to the hub: `python sample.py RUN --export DIR --push OWNER/NAME`.
 
-The card says how the run was trained, what was measured, and what the licence of its data allows. What is not known is
-called so. Like config.json, it names no place on the disk of whoever trained.
+The card says how the run was trained, what was measured, and what the licence of its data allows. It says what is not
+known. Like config.json, it names no place on the disk of whoever trained.
 """
 
 import argparse

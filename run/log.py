@@ -3,7 +3,8 @@
 One line of metrics.jsonl for every --log-every steps:
 
     step, images, epoch             where the run is
-    loss, loss_bands                mean squared error of each band, null when no step used it; loss: their sum
+    loss                            mean over the images, of the squared errors of the bands that each one trains
+    loss_bands                      mean squared error of each band over the images that train it, null without any
     grad_norm, lr, skipped          norm before clipping; rate of the last step; steps that were not finite
     images_per_second               over all processes, also ..._per_gpu; seconds_left at this speed
     data_wait                       share of the time spent waiting for data

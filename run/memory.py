@@ -116,8 +116,8 @@ def fit_micro_batch(model: torch.nn.Module, cfg: Config, share: int, free: float
 
 def split_batch(model: torch.nn.Module, cfg: Config, ranks: Ranks) -> list[slice]:
     """This process's rows of every batch, in parts of --micro-batch images or of as many as fit."""
-    free = ranks.least(free_memory(ranks.device) + 4 * parameters(model))           # the weights are there already
-    size = cfg.micro_batch or fit_micro_batch(model, cfg, cfg.batch // ranks.world, free, ranks.world)
+    free, there = ranks.least(free_memory(ranks.device)), 4 * parameters(model)    # the weights are there already
+    size = cfg.micro_batch or fit_micro_batch(model, cfg, cfg.batch // ranks.world, free + there, ranks.world)
     return ranks.rows(cfg.batch, size, least=cfg.num_scales if cfg.stages == "stratified" else 1)
 
 

@@ -49,7 +49,7 @@ _1024 = Preset(
     dict(_CELEBAHQ, res=1024, vae=SD_VAE, num_scales=3, batch=128, steps=2000 * CELEBAHQ // 128),
     dict(fid=5.51, recall=0.39, nfe=94, seconds=3.30, parameters=680, days=8.3, memory=120.5))
 
-# The digits are the defaults above. The first preset that fits --dataset, --res and --size is taken.
+# The digits are the defaults of Config. The first preset that fits --dataset, --res and --size is taken.
 PRESETS = {
     "digits": Preset({}),                                   # two minutes on two CPU cores; the choices are in LOG.md
     "fashion": Preset(dict(_OURS, dataset="fashion", res=32, size="96,4,3,4", steps=4700, lr=2e-2,

@@ -42,13 +42,13 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def best_device(name: str | None = None) -> torch.device:
-    """The device of that name, or the best of this machine. Raises UserError when it cannot be used."""
+    """The device of that name, or the best there is; turns cuDNN attention off. UserError when it cannot be used."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.zeros(1, device=name).item()
-        if name.startswith("cuda"):                         # its backward gave NaN for lengths of 64 mod 128 (pytorch
-            torch.backends.cuda.enable_cudnn_sdp(False)     # issue 196678), and ours are such: flash attention instead
+        if name.startswith("cuda"):                         # cuDNN attention's backward gave NaN at lengths like ours,
+            torch.backends.cuda.enable_cudnn_sdp(False)     # 64 mod 128 (pytorch issue 196678): flash attention instead
         return torch.device(name)
     except (RuntimeError, AssertionError) as problem:
         there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])

@@ -24,7 +24,7 @@ from pyramid import decompose, down, reconstruct
 from run import memory
 from run.load import export, load_run
 from run.paper import resolve
-from schedule import Schedule, stage_rows
+from schedule import Schedule, rows_by_stage
 
 SIDE = 8
 OURS = ("lapflow", "lfm", "pyramidal", "pyramidal-zero-overlap", "pixelflow", "edify", "edify-plain", "dfm", "separate")
@@ -346,7 +346,7 @@ def test_stratified_stages_divide_the_global_batch(method, batch, counts):
     parts = [schedule.stage_of_rows(BatchRandom(0, step, batch, rows))          # the same at every step
              for step, rows in ((1, slice(0, 2)), (2, slice(2, batch)))]
     assert np.array_equal(np.concatenate(parts), whole)
-    groups = stage_rows(whole, torch.device("cpu"))
+    groups = rows_by_stage(whole, torch.device("cpu"))
     assert [(stage, len(torch.arange(batch)[rows])) for stage, rows in groups] == list(enumerate(counts))
     assert torch.cat([torch.arange(batch)[rows] for _, rows in groups]).sort().values.tolist() == list(range(batch))
 

@@ -163,7 +163,7 @@ def check_loss(cfg: Config, watch: Watch, condition: str = "labels") -> int:
     for t, error in errors:
         assert t.device == error.device == GPU and error.dtype == torch.float32 and t.shape == error.shape
     assert watch.waits == watch.to_host == watch.blocking == 0
-    assert watch.to_device <= (cfg.num_scales if cfg.stages == "stratified" else 1)     # rows: schedule.stage_rows
+    assert watch.to_device <= (cfg.num_scales if cfg.stages == "stratified" else 1)     # rows: schedule.rows_by_stage
     assert set(watch.attention) == {getattr(torch, cfg.precision)}
     return sum(watch.attention.values())
 

@@ -8,7 +8,7 @@ from config import UserError
 from conftest import random_model
 from data.batches import BatchRandom
 from pyramid import PYRAMIDS, decompose, reconstruct
-from schedule import PATHS, Schedule, loss, stage_rows
+from schedule import PATHS, Schedule, loss, rows_by_stage
 
 STARTS = (0.0, 0.3, 0.7)
 
@@ -207,8 +207,8 @@ def test_the_stage_of_a_row_is_its_number_in_the_global_batch_modulo_the_stages(
     rare = Schedule(STARTS, stages="batch", stage_weights=(6, 3, 1))
     counts = np.bincount([rare.stage_of_rows(BatchRandom(0, step, 2))[0] for step in range(1000)])
     assert np.allclose(counts / 1000, rare.shares, atol=0.05)
-    assert [(s, rows.tolist()) for s, rows in stage_rows(np.array([2, 0, 2]), "cpu")] == [(0, [1]), (2, [0, 2])]
-    assert stage_rows(np.array([1, 1]), "cpu") == [(1, slice(None))]            # nothing to copy
+    assert [(s, rows.tolist()) for s, rows in rows_by_stage(np.array([2, 0, 2]), "cpu")] == [(0, [1]), (2, [0, 2])]
+    assert rows_by_stage(np.array([1, 1]), "cpu") == [(1, slice(None))]            # nothing to copy
 
 
 def test_stratified_stages_cover_every_row_once_whatever_the_part_of_this_process():
