@@ -19,8 +19,8 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.95), we
 annealing = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=steps, pct_start=0.1, cycle_momentum=False)
 
 for step in range(steps):                                                       # Algorithm 1
-    rows, stage = torch.randint(len(images), (128,)), step % 2                  # stage s trains bands 0..s
-    x1 = decompose(images[rows], 2)[: stage + 1]
+    rows, stage = torch.randint(len(images), (128,)), step % 2                  # in turn; the paper draws the stage
+    x1 = decompose(images[rows], 2)[: stage + 1]                                # stage s trains bands 0..s
     x0 = decompose(torch.randn(128, 1, 8, 8), 2)[: stage + 1]
     t = schedule.starts[stage] + (1 - schedule.starts[stage]) * torch.rand(128)
     xt, v = schedule.interpolate(x1, x0, t)
@@ -39,4 +39,4 @@ with torch.no_grad():
         for t in torch.linspace(start, end, 21)[:-1]:
             bands = [x + (end - start) / 20 * v for x, v in zip(bands, model(bands, t.expand(100), y))]
 grid = reconstruct(bands).view(10, 10, 8, 8).transpose(1, 2).reshape(80, 80)    # ten rows of ten digits
-Image.fromarray(((grid + 1) * 127.5).clamp(0, 255).byte().numpy()).resize((640, 640), 0).save("mini.png")
+Image.fromarray((127.5 * grid + 128).clamp(0, 255).byte().numpy()).resize((640, 640), 0).save("mini.png")

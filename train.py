@@ -1,7 +1,7 @@
 """Training. `python train.py` takes scikit-learn's digits from nothing to trained, sampled and scored in two minutes.
 
     python train.py                                          8 x 8 digits, 10 classes, on a laptop's CPU
-    python train.py --dataset fashion                        Fashion-MNIST at 32 x 32, half an hour on two cores
+    python train.py --dataset fashion                        Fashion-MNIST at 32 x 32, half an hour on one core
     python train.py --dataset folder --data DIR --res 64     your own images; subfolders become classes
     torchrun --nproc_per_node=8 train.py --dataset celebahq --res 1024     a row of the paper; data.latents goes before
 
