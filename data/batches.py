@@ -52,7 +52,7 @@ class BatchRandom:
 
 
 def philox(seed: int, number: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=[seed, number]))
+    return np.random.Generator(np.random.Philox(key=np.array([seed, number], np.uint64)))
 
 
 class ImageRandom:

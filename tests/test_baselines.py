@@ -245,6 +245,20 @@ def test_pooled_noise_scaled_up_is_fresh_noise_in_law():
     assert losses[0] == pytest.approx(losses[1], rel=0.01) and losses[0] != losses[1]
 
 
+@pytest.mark.parametrize("method", ["pyramidal", "pyramidal-zero-overlap", "pixelflow", "edify", "edify-plain"])
+def test_each_scale_is_trained_at_the_times_of_its_segment(method):
+    """Where the sampler asks for it: the network sees the clock, not the time inside the stage."""
+    schedule, seen = SYSTEMS[method].schedule(config(method, stages="stratified")), {}
+
+    def model(bands, t, y):
+        seen[bands[0].shape[-1]] = t
+        return [0 * bands[0]]
+
+    SYSTEMS[method].loss(model, torch.randn(900, *SHAPE), None, schedule, BatchRandom(0, 0, 900))
+    for side, (start, end) in zip((2, 4, 8), schedule.segments, strict=True):
+        assert start <= seen[side].min() < start + 0.02 and end - 0.02 < seen[side].max() <= end
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_lapflow_summed_up_is_the_plain_edify_process_with_the_same_noise(stage):
     starts, n = (0.0, 0.3, 0.6), torch.randn(4, 1, SIDE, SIDE, dtype=torch.float64)
@@ -263,6 +277,21 @@ def test_separate_networks_train_on_the_schedule_of_lapflow_in_its_segments():
     same = dict(starts=(0.0, 0.3, 0.6), path="gvp", stages="batch")
     assert SYSTEMS["separate"].schedule(config("separate", **same)) == SYSTEMS["lapflow"].schedule(
         config("lapflow", full_range=False, **same))
+
+
+@pytest.mark.parametrize("method", OURS)
+def test_settings_that_all_share_reach_every_system(method):
+    """What config.py does not refuse: the blocks, and which times and stages are trained."""
+    for block in ("dit", "modern"):
+        model = network(config(method, block=block, condition_tokens=block == "dit"))
+        nets = [module for module in model.modules() if isinstance(module, MoTDiT)]
+        assert {part.modern for net in nets for part in net.blocks} == {block == "modern"}
+        assert {net.num_cond for net in nets} == {int(block == "dit")}
+    given = dict(stages="batch", times="logit-normal", stage_weights=(4.0, 2.0, 1.0))
+    if method in ("lfm", "dfm"):                            # has one stage, or weights and times of its own
+        given = {"stages": "batch"} | ({"times": "logit-normal"} if method == "lfm" else {})
+    schedule = SYSTEMS[method].schedule(config(method, **given))
+    assert {name: getattr(schedule, name) for name in given} == given
 
 
 def test_dfm_takes_the_steps_of_its_paper():

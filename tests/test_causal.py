@@ -408,6 +408,21 @@ def test_samples_of_a_run_that_was_trained_anew_are_not_mixed_in(run, tmp_path):
         missing(random_model(seed=1))
 
 
+@pytest.mark.parametrize("changed", [dict(num=9), dict(seed=1), dict(batch=4), dict(labels="b"), dict(vectors="a.npy")])
+def test_samples_of_another_command_are_not_mixed_in(run, changed):
+    """Whatever decides what is drawn is part of the job."""
+    args = dict(num=10, seed=0, batch=3, labels="balanced", vectors=None)
+    run.model.requires_grad_(False)
+    first, again, other = (gallery.job_of(run, SimpleNamespace(**given), {"steps": 3})
+                           for given in (args, args, args | changed))
+    assert first == again and first != other and first != gallery.job_of(run, SimpleNamespace(**args), {"steps": 4})
+
+
+def test_the_report_counts_seconds_for_each_image(run):
+    notes = [{"nfe": [4], "count": count, "forwards": 4, "seconds": 3.0} for count in (8, 4)]
+    assert gallery.report_of(run, notes, 0, 8, {})["seconds_per_image"] == 0.5
+
+
 def test_guidance_in_an_interval_of_times_only(run):
     """Outside the interval it is the conditional model at the price of one pass; NFE do not change."""
     y = torch.arange(3)

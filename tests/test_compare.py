@@ -117,6 +117,22 @@ def test_seconds_are_measured_once_for_each_row(tmp_path, monkeypatch):
     assert line == compare.finished([line], cfg, "time") and line["seconds_per_image"] == 0.2
 
 
+def test_runs_on_larger_images_are_judged_and_those_on_the_digits_are_not(tmp_path, monkeypatch):
+    Image.new("RGB", (32, 32)).save(tmp_path / "0.png")
+    calls, child = [], SimpleNamespace(wait=lambda: None, returncode=0)
+    monkeypatch.setattr(compare, "judged", lambda cfg, device, scores: calls.append(cfg.dataset) or scores)
+    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(Popen=lambda *_, **__: child))
+    for dataset in ("digits", "fashion", "folder"):
+        args = arguments(tmp_path, dataset=dataset, data=str(tmp_path) if dataset == "folder" else None, seeds=1,
+                         only=["LapFlow"], record=tmp_path / "lines.jsonl")
+        ((name, cfg),) = compare.plan_runs(args)
+        Path(cfg.out).mkdir()
+        (Path(cfg.out) / "scores.json").write_text(json.dumps({"nfe_segments": [1] * cfg.num_scales,
+                                                               "frechet_pixel": 1.0}))
+        compare.train_one(name, cfg, args, "abc", [])
+    assert calls == ["fashion", "folder"]
+
+
 def test_all_systems_are_there():
     methods = {settings.get("method") for settings in compare.SYSTEMS.values()} - {None}
     assert methods <= set(config.METHODS) and methods >= {
@@ -166,6 +182,16 @@ def test_tables_have_mean_and_spread_over_seeds():
     assert "| FD, pixels | FD, classifier |" in judged and "| A | 0.100 | 0.80 |" in judged
     with pytest.raises(UserError, match="cannot share a table"):
         compare.table({"A": [line(0, 0.1), line(1, 0.1, training_flops=2e12)]}, {}, {})
+
+
+def test_the_curve_of_a_system_is_the_mean_of_its_seeds_at_each_length(tmp_path, monkeypatch):
+    curves = []
+    monkeypatch.setattr(compare.pictures, "plot", lambda path, given, **_: curves.extend(given))
+    short = [line(0, 0.1, frechet=3.0, training_flops=1e12), line(1, 0.1, frechet=1.0, training_flops=1e12)]
+    long = line(0, 0.1, frechet=0.5, training_flops=4e12)
+    other = line(0, 0.1, frechet=9.0, training_flops=1e12, settings={"method": "lfm"})
+    compare.draw_curves(tmp_path / "x.png", {"A": [long], "B": [other], "C": []}, [long, *short, other])
+    assert [curve[:2] for curve in curves] == [((1e12, 4e12), (2.0, 0.5)), ((1e12,), (9.0,))]
 
 
 def test_lines_are_recognised_by_their_settings():
@@ -282,6 +308,14 @@ def test_the_table_of_ablations_has_each_score_below_its_name(monkeypatch):
                          "| mask | none | 0.234 | 0.567 | 50 | 1.50 | 3.91 |"]
     assert len(text) == 6 and "1 training seed," in text[5]     # of an ablation with one row there is nothing to say
     assert tables.ablations("ablations", "fashion") == "not measured yet"
+
+
+def test_the_seconds_of_a_system_are_those_of_its_timing(monkeypatch):
+    """A line of its own, without training FLOPs."""
+    timed = {"what": "time", "settings": {}, "config": Config().to_dict(), "seconds_per_image": 0.0123}
+    monkeypatch.setattr(tables, "lines", lambda name: [line(0, 0.1), timed])
+    row = next(row for row in tables.systems("compare").splitlines() if row.startswith("| LapFlow |"))
+    assert "| 0.0123 |" in row
 
 
 def test_what_the_tables_add_to_the_lines(monkeypatch):

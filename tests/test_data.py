@@ -71,6 +71,15 @@ def test_images_are_mirrored_half_of_the_time(tmp_path):
     assert fixed[0, 0, 0, 0] == 1
 
 
+def test_an_image_is_mirrored_anew_at_each_step(tmp_path):
+    picture = np.zeros((16, 16, 3), np.uint8)
+    picture[:, :8] = 255
+    Image.fromarray(picture).save(tmp_path / "x.png")
+    cfg = config(data=str(tmp_path), batch=8)
+    first, second = (x1[:, 0, 0, 0] for ((x1, _, _),) in take(cfg, batches.load(cfg), 2, [slice(0, 8)]))
+    assert not torch.equal(first, second)
+
+
 @pytest.mark.parametrize("size", [(64, 40), (40, 64), (16, 16), (9, 30), (33, 1000), (1, 1)])
 def test_any_image_becomes_a_square(tmp_path, size):
     save(tmp_path / "x.png", size=size)

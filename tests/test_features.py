@@ -212,6 +212,16 @@ def test_efficientnet_that_is_not_installed_is_one_sentence(monkeypatch):
 # the classifier
 
 
+def test_precision_of_many_images_is_that_of_all_classes(monkeypatch):
+    """Files are sorted by class: the images taken for precision and recall are spread over all."""
+    monkeypatch.setattr(fid, "MANIFOLD", 40)
+    features = 50.0 * (np.arange(400) // 100)[:, None] + np.random.default_rng(0).standard_normal((2, 400, 2))
+    drawn, real = (reference.Statistics(*fid.statistics(x), x, {**HOW, "n": 400}) for x in features)
+    drawn.features = drawn.features[::-1].copy()
+    scores = fid.compare(drawn, real)
+    assert scores["n_recall"] == 40 and scores["precision"] > 0.5 and scores["recall"] > 0.5
+
+
 @pytest.fixture
 def quick(monkeypatch):
     """Training in seconds."""
@@ -264,6 +274,12 @@ def test_the_classifier_takes_images_of_many_sizes(shape, tmp_path, monkeypatch)
     assert values.shape == (64, 128) and (judge.classify(values) == labels).mean() > 0.9
     convolutions = [m for m in judge.network.modules() if isinstance(m, torch.nn.Conv2d)]
     assert len(convolutions) == max(3, round(np.log2(min(side, 64) / 4)))
+
+
+def test_features_of_an_image_do_not_depend_on_its_batch():
+    judge = classifier.Classifier(classifier.Network(1, 8, 2), "x", "cpu")
+    images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 1)).astype(np.uint8)
+    assert np.allclose(judge(images)[:2], judge(images[:2]), atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

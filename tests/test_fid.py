@@ -17,7 +17,7 @@ from fid import frechet_distance, precision, recall
 from run import gallery
 from run.ranks import Ranks
 from scores import features
-from scores.classes import class_variance
+from scores.classes import class_scores, class_variance
 
 rng = np.random.default_rng(0)
 
@@ -137,6 +137,28 @@ def test_real_images_are_scored_beside_the_generated_ones():
     sevens = labels == 7
     scores = fid.evaluate(dataset, images[sevens], labels[sevens], to_images)
     assert scores["n_reference"] == (dataset.labels == 7).sum()
+
+
+def test_the_table_has_the_kernel_distance_in_thousandths():
+    scores = {"n": 9, "n_reference": 9, "name": "FID-9", "kid": 0.0123, "recall": 0.5, "real": {"kid": 0.002}}
+    rows = {row.split()[0]: row.split()[1:3] for row in fid.table(scores).splitlines()}
+    assert rows["kid"] == ["12.3000", "2.0000"] and rows["recall"][0] == "0.5000"
+
+
+def test_a_classifier_of_the_real_images_judges_the_generated_ones():
+    """Of a collapsed generator: one image of each class, many times. A classifier of those would know little."""
+    images, labels = digits().reference(1000)
+    known, asked = fid.pixel_features(to_images(images)), np.arange(200) % 10
+    fake = known[[np.flatnonzero(labels == c)[0] for c in range(10)]][asked]
+    assert class_scores(known, labels, fake, asked)["label_agreement"] == 1
+
+
+def test_a_run_is_not_scored_on_other_classes(tmp_path, monkeypatch, call):
+    train.train(tiny(tmp_path, "out/run", steps=1), device="cpu")
+    other = Images(digits().pixels, digits().labels, list("abcdefghij"))
+    monkeypatch.setattr(fid.batches, "load", lambda cfg: other)
+    with pytest.raises(UserError, match="the data of .*run has changed: it was trained on the classes"):
+        call(fid.main, "out/run", "--num", "10")
 
 
 def test_scores_do_not_depend_on_the_order():

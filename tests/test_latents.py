@@ -256,6 +256,16 @@ def test_the_hub_out_of_reach_is_reported(monkeypatch, tmp_path):
         load.load_run("someone/lapflow-celebahq")
 
 
+def test_a_revision_of_the_hub_is_the_one_asked_for(monkeypatch):
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, revision=None, allow_patterns=None: (
+        asked.append((name, revision, allow_patterns)), "folder")[1])
+    assert sources.download("me/vae@v2", ["*.json"]) == sources.download("me/vae", []) == Path("folder")
+    assert asked == [("me/vae", "v2", ["*.json"]), ("me/vae", None, [])]
+
+
 def test_vectors_lie_beside_the_latents_and_may_be_added_later(tmp_path, images, vae):
     shutil.copytree(images, tmp_path / "images")
     bad = tmp_path / "images" / "10" / "1.png"              # the eleventh, after the ten of class 9

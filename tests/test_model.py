@@ -144,6 +144,17 @@ def test_one_scale_is_a_plain_dit():
 # not in paper: the modern block, and the coarser image beside a finer band
 
 
+def test_each_band_has_its_own_gains_of_queries_and_keys():
+    model, t = random_model(block="modern"), torch.rand(2)
+    bands = random_bands(model)
+    with torch.no_grad():
+        before = model(bands, t)
+        for block in model.blocks:
+            block.qk_norm[2].mul_(-3)[0].mul_(2)
+        after = model(bands, t)
+    assert [torch.allclose(a, b, atol=1e-6) for a, b in zip(before, after, strict=True)] == [True, True, False]
+
+
 def test_rotary_attention_sees_only_how_far_tokens_are_apart():
     """Products of turned queries and keys depend on the offset of their places, also between bands."""
     coarse, fine = rotary_angles(16, 4, 8), rotary_angles(16, 8, 8)                 # a coarse token covers 2 x 2 fine

@@ -8,7 +8,7 @@ from conftest import ROOT, random_model
 from data.batches import ImageRandom, digits
 from data.conditions import Labels
 from pyramid import decompose, reconstruct
-from run import checkpoint, gallery
+from run import checkpoint, gallery, pictures
 from run.load import Run
 from run.solver import share_steps
 from sample import Guided, generate, solve
@@ -283,6 +283,15 @@ def test_generate_reports_what_it_did(tmp_path):
     assert "4 + 4 + 4 = 12" in text and "24 network passes" in text and "ema at step 7" in text
     again, _ = generate(run, 7, y, seed=2, batch=7, cfg_scale=2.0, progress=False, solver="heun", steps=6)
     assert np.abs(images.astype(int) - again).max() <= 1                        # rounding to 8 bits may differ
+
+
+def test_the_captions_of_a_grid_are_those_of_its_images(tmp_path, monkeypatch):
+    drawn, images = [], np.arange(25, dtype=np.uint8).reshape(25, 1, 1, 1)
+    monkeypatch.setattr(pictures, "draw_images", lambda path, rows, labels: drawn.append((rows, labels)))
+    pictures.draw_grid(tmp_path / "grid.png", images, torch.arange(25), Labels([f"{i}" for i in range(25)], 4))
+    ((rows, labels),) = drawn
+    assert labels == [[f"{image.item()}" for image in row] for row in rows]
+    assert [len(row) for row in rows] == [10, 10, 5]
 
 
 def test_guidance_without_a_condition_or_without_a_null_is_an_error(tmp_path):

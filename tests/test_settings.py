@@ -830,6 +830,14 @@ def test_noise_scale(draw):
     assert "noise_scale" not in json.loads((draw("fixed").out / "report.json").read_text())
 
 
+def test_the_noise_scale_of_a_run_can_be_left_out(tmp_path):
+    cfg = tiny(tmp_path, steps=1, noise_scale=(1.0, 0.5))
+    train.train(cfg, device="cpu")
+    given = {scale: load.load_run(cfg.out, device="cpu", noise_scale=scale).schedule.noise_scale
+             for scale in (None, (), (1.0, 0.9))}
+    assert given == {None: (1.0, 0.5), (): (), (1.0, 0.9): (1.0, 0.9)}
+
+
 def test_tolerances_matter_separately():
     """A smaller rtol or a smaller atol alone costs more calls."""
     def calls(**tolerances):

@@ -20,8 +20,10 @@ import sample
 import train
 from config import Config, UserError
 from conftest import damage, losses, metrics, needs_fork, same, state, tiny, train_and_score
-from run import checkpoint, load, log, paper
+from data.batches import to_images
+from run import checkpoint, load, log, paper, pictures
 from run.ranks import Ranks
+from schedule import Schedule
 
 
 @pytest.mark.parametrize("stages", ["stratified", "batch"])
@@ -579,6 +581,42 @@ def test_a_line_of_metrics_counts_its_own_steps_and_their_time(tmp_path, monkeyp
     expected = {"step": 13, "images": 78, "epoch": 3.25, "images_per_second": 3, "images_per_second_per_gpu": 1.5,
                 "data_wait": 0.25, "seconds_left": 14, "mfu": 3 * 4.5 * (10 + 30) / 6 / 900}
     assert {name: line[name] for name in expected} == pytest.approx(expected)
+
+
+def test_the_loss_of_each_band_is_drawn_under_its_name(tmp_path, monkeypatch):
+    lines, curves = [{"step": 5, "loss_bands": [1.0, 4.0, None]}, {"step": 10, "loss_bands": [2.0, 5.0, 7.0]}], []
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(pictures, "plot", lambda path, given, *_, **__: curves.extend(given))
+    pictures.draw_loss(tmp_path)
+    assert [(style["label"], style["color"], steps, values) for steps, values, style in curves] == [
+        ("band 0, coarse", pictures.COARSE, (5, 10), (1.0, 2.0)),
+        ("band 1, middle", pictures.MIDDLE, (5, 10), (4.0, 5.0)), ("band 2, fine", pictures.FINE, (10,), (7.0,))]
+
+
+def test_steps_that_are_not_finite_stop_training_only_in_a_row(tmp_path):
+    (tmp_path / "run").mkdir()
+    watch = log.Log(tiny(tmp_path), Ranks(0, 1, torch.device("cpu")), 0, {"count": 24})
+
+    def line(norms):
+        for norm in norms:
+            watch.add(torch.tensor(1.0), [(torch.rand(16), torch.ones(16))] * 2, 16)
+            watch.end_step(1, torch.tensor(norm), 1e-3)
+        return watch.write()
+
+    assert line([float("nan"), 1.0] * 2 * log.PATIENCE)["skipped"] == 2 * log.PATIENCE
+    line([float("nan")] * (log.PATIENCE - 1))
+    with pytest.raises(UserError, match="10 steps in a row were not finite"):
+        line([float("nan")])
+
+
+def test_a_trajectory_says_when_a_band_begins(tmp_path, monkeypatch):
+    """Band 1 of an image that is at t = 0.25 and 0.5 has no pixels yet, and begins at 0.5."""
+    drawn, bands = [], [torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 8, 8)]
+    run = types.SimpleNamespace(schedule=Schedule((0.0, 0.5)), facts={}, decode=to_images)
+    monkeypatch.setattr(pictures, "draw_images", lambda path, rows, *_: drawn.extend(rows))
+    pictures.draw_trajectory(tmp_path / "x.png", run, [(0.0, bands[:1]), (0.5, bands), (1.0, bands)], columns=3)
+    coarse, fine, whole = drawn
+    assert fine[0] == "from\nt = 0.5" and not any(isinstance(cell, str) for cell in (*coarse, *fine[1:], *whole))
 
 
 def test_tensorboard_gets_the_numbers(tmp_path, monkeypatch):

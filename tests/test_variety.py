@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from config import Config
 from pyramid import decompose, reconstruct
 from schedule import Schedule
 from studies import variety
@@ -36,6 +37,24 @@ def test_real_until_hands_the_network_the_states_of_training(j, scale):
     for i, x in enumerate(noise):                           # of one white image, averaged: 1/4, then details
         expected = (0.25, 0.43, 0.87)[i] * (scale[j] if scale and i == j else 1)
         assert x.std().item() == pytest.approx(expected, rel=0.2)
+
+
+def test_images_are_compared_with_others_than_those_they_go_on_from(monkeypatch):
+    x1, labels, started = torch.arange(8).view(8, 1, 1, 1), np.arange(8) % 3, []
+    dataset = SimpleNamespace(classes=["a", "b", "c"], test=lambda count: (x1, labels))
+    run = SimpleNamespace(cfg=Config(solver="euler", solver_steps=2), device="cpu", decode=lambda x: x.numpy())
+    monkeypatch.setattr(variety.batches, "load", lambda cfg: dataset)
+    monkeypatch.setattr(variety, "load_classifier", lambda *_: None)
+    monkeypatch.setattr(variety.sample, "generate", lambda run, num, y, **_: (10 + y.numpy(), {}))
+    monkeypatch.setattr(variety, "real_until", lambda run, j, x1, y, seed=0, **_: started.append(
+        (j, y.tolist(), seed)) or x1)
+    monkeypatch.setattr(variety, "scores", lambda real, images, labels, judge: [
+        side.flatten().tolist() for side in (*real, images, labels)])
+    others, own = [[4, 5, 6, 7], [1, 2, 0, 1]], [0, 1, 2, 0]
+    assert list(variety.measured(run, 4, batch=2)) == [
+        ("real images", [*others, [0, 1, 2, 3], own]), ("lapflow, starts 0.5", [*others, [10, 11, 12, 10], own]),
+        ("... real until 0.5", [*others, [0, 1, 2, 3], own])]
+    assert started == [(1, [0, 1], 0), (1, [2, 0], 2)]      # no noise twice
 
 
 def test_the_variance_is_that_of_each_band():
