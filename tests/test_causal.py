@@ -418,6 +418,14 @@ def test_samples_of_another_command_are_not_mixed_in(run, changed):
     assert first == again and first != other and first != gallery.job_of(run, SimpleNamespace(**args), {"steps": 4})
 
 
+def test_samples_at_another_noise_scale_are_not_mixed_in(run):
+    args = SimpleNamespace(num=10, seed=0, batch=3, labels="balanced", vectors=None)
+    run.model.requires_grad_(False)
+    scaled = replace(run, cfg=replace(run.cfg, noise_scale=(1.0, 0.85, 0.85)))
+    plain, other = (gallery.job_of(of, args, {}) for of in (run, scaled))
+    assert plain != other and plain == {key: value for key, value in other.items() if key != "noise_scale"}
+
+
 def test_the_report_counts_seconds_for_each_image(run):
     notes = [{"nfe": [4], "count": count, "forwards": 4, "seconds": 3.0} for count in (8, 4)]
     assert gallery.report_of(run, notes, 0, 8, {})["seconds_per_image"] == 0.5
