@@ -61,11 +61,11 @@ def statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _distances(points: np.ndarray, centres: np.ndarray) -> Iterator[torch.Tensor]:
-    """Euclidean distances to all centres, (1000, len(centres)) at a time."""
+    """Euclidean distances to all centres, ten million at a time."""
     points, centres = (torch.as_tensor(np.asarray(x), dtype=torch.float64) for x in (points, centres))
-    exact = points.shape[1] <= 512                          # equal points are at 0; of more features it takes hours
+    exact = points.shape[1] <= 512 and len(centres) <= MANIFOLD                     # equal points at 0; else hours
     mode = "donot_use_mm_for_euclid_dist" if exact else "use_mm_for_euclid_dist"
-    return (torch.cdist(part, centres, compute_mode=mode) for part in points.split(1000))
+    return (torch.cdist(part, centres, compute_mode=mode) for part in points.split(1 + 10**7 // len(centres)))
 
 
 def _nearest(points: np.ndarray, centres: np.ndarray, k: int) -> torch.Tensor:
@@ -113,17 +113,19 @@ def kid(real: np.ndarray, fake: np.ndarray, subsets: int = 100, size: int = 1000
 
 
 def score(real: np.ndarray, real_labels: np.ndarray, fake: np.ndarray, fake_labels: np.ndarray | None = None,
-          train: np.ndarray | None = None) -> dict:
-    """Scores in pixels; fake_labels: (N,) or None. train: the images that may have been copied [real]."""
+          train: np.ndarray | None = None, own: tuple[bool, bool] = (True, False)) -> dict:
+    """Scores in pixels; fake_labels: (N,) or None. train: pixel features of the images that may have been copied [those
+    of real]; own: whether the real, and the fake, are themselves among these."""
     a, b = pixel_features(real), pixel_features(fake)
     if len(b) < 5 or len(a) < 5:
         raise UserError(f"scores need at least 5 images on both sides, not {len(a)} real and {len(b)} generated ones")
     scores = {"n": len(b), "n_reference": len(a),
               "frechet_pixel": frechet_distance(*statistics(a), *statistics(b)),
               "precision": precision(real=a, fake=b), "recall": recall(real=a, fake=b)}
-    originals = a if train is None else pixel_features(train)
-    if usual := _nearest(a, originals, 2 if train is None else 1).median().item():  # 0: most have an exact double
-        scores["novelty"] = _nearest(b, originals, 1).median().item() / usual
+    originals = a if train is None else train
+    usual, novel = (_nearest(x, originals, 1 + among).median().item() for x, among in zip((a, b), own, strict=True))
+    if usual > 1e-6:                                        # otherwise most have an exact double
+        scores |= {"novelty": novel / usual, "n_train": len(originals)}
     return scores if fake_labels is None else scores | class_scores(a, real_labels, b, fake_labels)
 
 
@@ -152,6 +154,12 @@ def evaluate(dataset: batches.Dataset, images: np.ndarray, y: np.ndarray | None,
     def pixels(x1):
         return np.concatenate([decode(part) for part in x1.split(256)])
 
+    def originals():                                        # of latents, which are slow to decode, some
+        index = batches.epoch(len(dataset), 0, 0)[: count if dataset.latent else None]
+        parts = [index[i : i + 256] for i in range(0, len(index), 256)]
+        return np.concatenate([pixel_features(decode(dataset.x1(dataset.read(part, np.ones((len(part), 3)))[0])))
+                               for part in parts])
+
     count = max(2 * len(images), 2000)
     test = dataset.test(count)
     x1, real_labels = test or dataset.reference(count)
@@ -162,15 +170,15 @@ def evaluate(dataset: batches.Dataset, images: np.ndarray, y: np.ndarray | None,
     if extractor:                                           # equally many images on all sides
         chosen = np.random.default_rng(0).permutation(len(images))[:n]
         images, labels = images[chosen], None if labels is None else labels[chosen]
-        compared = partial(judge, extractor, force=force)
+        compared = compared_real = partial(judge, extractor, force=force)
         against = real_against = slice(n, 2 * n)
     else:
-        train = pixels(dataset.reference(count)[0]) if test else None
-        compared, against, real_against = partial(score, train=train), slice(None), slice(n, None)
+        train, against, real_against = originals(), slice(None), slice(n, None)
+        compared, compared_real = (partial(score, train=train, own=(not test, own)) for own in (False, not test))
     scores = compared(real[against], real_labels[against], images, labels)
     if n >= 5:                                              # real images in place of the generated ones
-        scores["real"] = compared(real[real_against], real_labels[real_against], real[:n],
-                                  None if labels is None else real_labels[:n])
+        scores["real"] = compared_real(real[real_against], real_labels[real_against], real[:n],
+                                       None if labels is None else real_labels[:n])
     return {**scores, "split": "test" if test else "training"}
 
 
@@ -213,7 +221,7 @@ class Samples:
                                      args.noise_scale)
             self.settings = solver_settings(self.run.cfg, args)
         if self.files:
-            self.num, self.parts = gallery.open_samples(self.files, args.batch)
+            self.num, self.parts = gallery.open_samples(self.files, args.batch, self.run and self.run.classes)
             self.shape = self.parts[0][1]()[0].shape[1:]
             self.folder = self.files if self.files.is_dir() else self.files.parent
             return

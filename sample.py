@@ -119,7 +119,8 @@ class Guided:
     @torch.no_grad()
     def __call__(self, bands: list[Tensor], t: Tensor, y: Tensor | None) -> list[Tensor]:
         self.calls[bands[-1].shape[-1]] += 1
-        guided = self.jumps(y) != () and (self.interval == (0, 1) or self.interval[0] <= t.max() <= self.interval[1])
+        low, high = self.interval                           # the end itself belongs to it at t = 1 only
+        guided = self.jumps(y) != () and ((low, high) == (0, 1) or low <= t.max() < high + (high == 1))
         with torch.autocast(t.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             if not guided:
                 self.passes += 1

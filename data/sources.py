@@ -243,7 +243,7 @@ def parquet_files(path: Path, split: str) -> tuple[list[Path], set[str]]:
     if not path.is_dir():
         return [path], set()
     files = sorted(path.glob("**/*.parquet"), key=natural)
-    words = {file: set(re.split(r"[-_./\\]", str(file.relative_to(path.parent)))) for file in files}
+    words = {file: set(re.split(r"[-_./\\]", str(file.relative_to(path)))) for file in files}
     return [file for file in files if split in words[file]] or files, SPLITS & set().union(*words.values())
 
 

@@ -52,10 +52,10 @@ def prepare(run: Path, fresh: bool, room: int) -> None:
 
 
 def write_config(run: Path, config: dict, finished: bool) -> None:
-    """Writes config.json; removes the scores of a shorter run."""
+    """Writes config.json; removes the scores of a shorter or an older run."""
     (run / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    if not finished:
-        (run / "scores.json").unlink(missing_ok=True)
+    for file in [] if finished else run.glob("scores*.json"):
+        file.unlink()
 
 
 def save(run: Path, state: dict, keep: int = 2, keep_every: int = 0) -> Path:

@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 from config import UserError
+from data.conditions import find_label
 from data.sources import explain, open_source
 from run import checkpoint, pictures
 from run.load import Run
@@ -165,10 +166,10 @@ def read_report(folder: Path) -> dict:
     return report
 
 
-def open_samples(where: Path, batch: int = 250) -> tuple[int, list]:
+def open_samples(where: Path, batch: int = 250, classes: list[str] | None = None) -> tuple[int, list]:
     """The number of samples, and (first, read) pairs; read() gives images uint8 (B, H, W, C) and y (see read_npz).
 
-    where: a samples.npz, a directory that sample.py wrote, complete, or any folder of images."""
+    where: a samples.npz, a directory that sample.py wrote, complete, or any folder of images (subfolders: classes)."""
     job = (checkpoint.read_json(where / "job.json", "job of sample.py") if where.is_dir() else None) or {}
     if job.get("format"):
         samples = Gallery(where, {}, "shards", None)
@@ -182,13 +183,14 @@ def open_samples(where: Path, batch: int = 250) -> tuple[int, list]:
                              for i in range(0, len(images), batch)]
     source = open_source("folder", str(where))
     side = min(source.size(0))
+    places = [find_label(classes, name) if classes else i for i, name in enumerate(source.classes)] or [-1]
 
     def read_images(first):
         numbers = range(first, min(first + batch, len(source)))
         if any(source.size(i) != (side, side) for i in numbers):
             raise UserError(f"the images of {where} are not all {side} x {side}: scores need equal squares")
         images = np.stack([source.image(i, side) for i in numbers]).transpose(0, 2, 3, 1)
-        return images, np.array([source.labels[i] if source.classes else -1 for i in numbers])
+        return images, np.array([places[source.labels[i]] for i in numbers])
 
     return len(source), [(first, lambda first=first: read_images(first)) for first in range(0, len(source), batch)]
 

@@ -56,7 +56,8 @@ class Log:
                         disable=not (ranks.first and self.terminal))
         if ranks.first:
             starts = self.out / "starts.jsonl"
-            keep_lines(self.file, lambda line: line["step"] <= step)            # not after the last checkpoint
+            for file in [self.file, *self.out.glob("scores.jsonl")]:            # not after the last checkpoint
+                keep_lines(file, lambda line: line["step"] <= step)
             keep_lines(starts, lambda line: line["step"] < step)                # not of a start that saved nothing
             checkpoint.append_line(starts, {"step": step, **provenance(ranks.device)})
             self.logger = open_logger(cfg, self.out)

@@ -127,7 +127,8 @@ def watch(run: object, model: Callable, solve: Callable, y: Tensor | None, seed:
         states.append((1.0, bands))
         return bands, nfe
 
-    rng, y = ImageRandom(seed, numbers, run.device), None if y is None else y[: len(numbers)].to(run.device)
+    rng = ImageRandom(seed, numbers if y is None else numbers[: len(y)], run.device)
+    y = None if y is None else y[: len(numbers)].to(run.device)
     with run.eager():
         run.system.sample(model, rng, y, run.schedule, run.shape, watched, solver="euler", steps=steps)
     return states

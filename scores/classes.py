@@ -7,7 +7,8 @@ def class_variance(real: np.ndarray, real_labels: np.ndarray, fake: np.ndarray, 
     """{"class_variance"}: variance of the generated images inside a class over that of the real ones, mean over the
     classes; 1 is right. real, fake: any features (N, D). {} when no class has two images on both sides."""
     common = [c for c in np.unique(fake_labels) if (fake_labels == c).sum() > 1 and (real_labels == c).sum() > 1]
-    variances = [(fake[fake_labels == c].var(axis=0).sum(), real[real_labels == c].var(axis=0).sum()) for c in common]
+    variances = [tuple(x[y == c].var(axis=0, ddof=1).sum() for x, y in ((fake, fake_labels), (real, real_labels)))
+                 for c in common]
     ratios = [a / b for a, b in variances if b > 1e-9]      # equal images have no variance
     return {"class_variance": float(np.mean(ratios))} if ratios else {}
 

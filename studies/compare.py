@@ -149,8 +149,8 @@ def finished(lines: list[dict], cfg: Config, what: str) -> dict | None:
     def trained(settings):                                  # a line older than a setting has its default
         return {**Config().to_dict(), **settings, "out": "", "eval_every": 0, "save_every": 1}
 
-    return next((line for line in lines if line["what"] == what and trained(line["config"]) == trained(cfg.to_dict())),
-                None)
+    return next((line for line in lines
+                 if line.get("what") == what and trained(line["config"]) == trained(cfg.to_dict())), None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def train_one(name: str, cfg: Config, args: argparse.Namespace, commit: str, chi
 
 def loaded(cfg: Config, device: str | None) -> load.Run:
     """The trained run of a row, with the row's own settings of sampling."""
-    run = load.load_run(cfg.out, device=device)
+    run = load.load_run(cfg.out, device=device, noise_scale=cfg.noise_scale)
     run.cfg = dataclasses.replace(run.cfg, **{name: getattr(cfg, name) for name in SAMPLING})
     return run
 
@@ -333,7 +333,7 @@ def gathered(lines: list[dict], wanted: dict) -> tuple[dict, dict]:
     def select(settings, what):
         settings = json.loads(json.dumps(settings))
         by_seed = {line["config"]["seed"]: line for line in lines
-                   if line["settings"] == settings and line["what"] == what}        # of each seed the last
+                   if line.get("settings") == settings and line.get("what") == what}        # of each seed the last
         return [by_seed[seed] for seed in sorted(by_seed)]
 
     times = {name: select(settings, "time") for name, settings in wanted.items()}

@@ -16,7 +16,7 @@ from PIL import Image
 import config
 from config import Config, UserError
 from data import fashion
-from run import checkpoint, memory, paper
+from run import checkpoint, load, memory, paper
 from run.paper import PRESETS
 from studies import compare, tables
 
@@ -83,12 +83,17 @@ def test_rows_that_differ_in_sampling_share_a_training(tmp_path, monkeypatch):
     (_, plain), (_, scaled) = compare.plan_runs(arguments(tmp_path, dataset="fashion", only=names, seeds=1))
     assert plain.out == scaled.out and (plain.noise_scale, scaled.noise_scale) == ((), (1.0, 0.85, 0.85))
     given = []
-    monkeypatch.setattr(compare.load, "load_run", lambda out, device: SimpleNamespace(cfg=plain))
-    monkeypatch.setattr(compare.train, "draw", lambda run, *_, **__: given.append(run.cfg.noise_scale) or 1 / 0)
-    for cfg in (plain, scaled):
-        with pytest.raises(ZeroDivisionError):
-            compare.judged(cfg, "cpu", {})
-    assert given == [(), (1.0, 0.85, 0.85)]                 # whatever the folder says
+    facts = {"channels": 1, "side": 32, "classes": ["a"], "vectors": None, "count": 9, "latent": None}
+    for folder, cfg in (("", plain), ("scaled", scaled)):   # whatever the folder says
+        out = tmp_path / "out" / folder
+        load.export(load.Run(cfg, load.build_model(cfg, facts), facts, out, 5, "ema"), out)
+    monkeypatch.setattr(compare.train, "draw", lambda run, *_, **__: given.append(
+        (run.cfg.noise_scale, run.schedule.noise_scale)) or 1 / 0)
+    for folder in ("", "scaled"):
+        for cfg in (plain, scaled):
+            with pytest.raises(ZeroDivisionError):
+                compare.judged(dataclasses.replace(cfg, out=str(tmp_path / "out" / folder)), "cpu", {})
+    assert given == 2 * [((), ()), (2 * ((1.0, 0.85, 0.85),))]
 
 
 def test_rows_of_sampling_steps_take_their_solver(tmp_path):

@@ -71,6 +71,16 @@ def test_images_are_mirrored_half_of_the_time(tmp_path):
     assert fixed[0, 0, 0, 0] == 1
 
 
+def test_the_name_of_a_folder_is_no_split_of_its_parquet_files(tmp_path):
+    for folder in ("cats-train-test", "my-test-set"):
+        (tmp_path / folder).mkdir()
+    names = [tmp_path / "cats-train-test" / f"{split}-0.parquet" for split in ("test", "train")]
+    for file in (*names, tmp_path / "my-test-set" / "0.parquet"):
+        file.touch()
+    assert sources.parquet_files(tmp_path / "cats-train-test", "train") == (names[1:], {"train", "test"})
+    assert sources.parquet_files(tmp_path / "my-test-set", "train")[1] == set()
+
+
 def test_an_image_is_mirrored_anew_at_each_step(tmp_path):
     picture = np.zeros((16, 16, 3), np.uint8)
     picture[:, :8] = 255

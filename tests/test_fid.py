@@ -170,6 +170,37 @@ def test_scores_do_not_depend_on_the_order():
     assert all(scores[name] == pytest.approx(again[name]) for name in scores)
 
 
+def test_copies_of_any_training_image_are_found():
+    """Also where there are more of them than the scores look at otherwise."""
+    pixels = rng.integers(0, 256, (12_500, 1, 8, 8)).astype(np.uint8)
+    test = Images(pixels[:60], np.zeros(60, int), ["a"])
+    for held_out in (None, lambda: test):
+        dataset = Images(pixels[60:], np.zeros(12_440, int), ["a"], False, held_out=held_out)
+        copies = pixels[-300:].transpose(0, 2, 3, 1)
+        scores = fid.evaluate(dataset, copies, np.zeros(300, int), to_images)
+        assert scores["novelty"] < 1e-6 and scores["n_train"] == 12_440
+        assert scores["real"]["novelty"] == pytest.approx(1, abs=0.1)
+
+
+def test_the_variance_inside_small_classes_is_not_smaller():
+    """Three images of each class against thirty of the same law: 1 on average."""
+    real, fake = rng.standard_normal((9000, 20)), rng.standard_normal((900, 20))
+    scores = class_variance(real, np.arange(9000) % 300, fake, np.arange(900) % 300)
+    assert scores["class_variance"] == pytest.approx(1, abs=0.05)
+
+
+def test_folders_of_images_have_the_classes_of_the_run(tmp_path):
+    for name in ("3", "7"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "x.png")
+    _, ((_, read),) = gallery.open_samples(tmp_path, classes=[str(i) for i in range(10)])
+    assert read()[1].tolist() == [3, 7]
+    _, ((_, read),) = gallery.open_samples(tmp_path)
+    assert read()[1].tolist() == [0, 1]
+    with pytest.raises(UserError, match="there is no label '3'"):
+        gallery.open_samples(tmp_path, classes=["a", "b"])
+
+
 def test_pixel_features_average_to_8_by_8():
     image = rng.integers(0, 256, (2, 32, 32, 3)).astype(np.uint8)
     features = fid.pixel_features(image)

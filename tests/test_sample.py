@@ -236,7 +236,7 @@ def test_guidance_does_not_double_the_batch_for_nothing():
     bands, t, y = [torch.ones(2, 1, 4, 4)], torch.ones(2), torch.zeros(2, dtype=torch.long)
     for scale, labels in ((1.0, y), (3.0, None), (3.0, y)):
         Guided(Model(), scale)(bands, t, labels)
-    for time in (0.49, 0.5, 1.0):                           # both ends belong to an interval
+    for time in (0.49, 0.5, 1.0):                           # the start of an interval belongs to it, and 1
         Guided(Model(), 3.0, (0.5, 1.0))(bands, torch.full((2,), time), y)
     assert sizes == [2, 2, 4, 2, 4, 4]
 
@@ -283,6 +283,24 @@ def test_generate_reports_what_it_did(tmp_path):
     assert "4 + 4 + 4 = 12" in text and "24 network passes" in text and "ema at step 7" in text
     again, _ = generate(run, 7, y, seed=2, batch=7, cfg_scale=2.0, progress=False, solver="heun", steps=6)
     assert np.abs(images.astype(int) - again).max() <= 1                        # rounding to 8 bits may differ
+
+
+@pytest.mark.parametrize("interval", [(0.0, 0.5), (0.2, 0.5), (0.5, 1.0), (0.5, 0.8)])
+@pytest.mark.parametrize("solver", [dict(), dict(solver="euler", steps=20), dict(solver="heun", steps=20),
+                                    dict(solver="rk4", steps=20)])
+def test_guidance_lasts_as_long_as_its_interval(interval, solver):
+    """The velocity is 1, and with guidance 3; the interval ends where steps end, or where a band enters."""
+    def model(bands, t, y):
+        return [torch.ones_like(band) * (y == 1).view(-1, 1, 1, 1) for band in bands]
+
+    model.condition, y = Labels(["a", "b"], 4), torch.ones(2, dtype=torch.long)
+    guided = Guided(model, 3.0, interval)
+    bands, _ = solve(lambda bands, t: guided(bands, t.expand(2), y), [torch.zeros(2, 1, 2, 2), torch.zeros(2, 1, 4, 4)],
+                     Schedule((0.0, 0.5)), jumps=guided.jumps(y), **solver)
+    low, high = interval
+    for band, start in zip(bands, (0.0, 0.5), strict=True):
+        expected = (1 - start) + 2 * max(0.0, high - max(low, start))
+        assert torch.allclose(band, torch.tensor(expected), atol=1e-4), (band.mean(), expected)
 
 
 def test_the_captions_of_a_grid_are_those_of_its_images(tmp_path, monkeypatch):

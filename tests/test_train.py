@@ -593,6 +593,31 @@ def test_the_loss_of_each_band_is_drawn_under_its_name(tmp_path, monkeypatch):
         ("band 1, middle", pictures.MIDDLE, (5, 10), (4.0, 5.0)), ("band 2, fine", pictures.FINE, (10,), (7.0,))]
 
 
+def test_two_samples_are_enough_for_the_pictures(tmp_path):
+    cfg = tiny(tmp_path, steps=1, num_samples=2)
+    train.finish(train.train(cfg, device="cpu"))
+    assert (tmp_path / "run" / "trajectory.png").exists() and (tmp_path / "run" / "scores.json").exists()
+
+
+def test_scores_of_an_older_run_go_with_it(tmp_path):
+    cfg, run = tiny(tmp_path, steps=2), tmp_path / "run"
+    train.train(cfg, device="cpu")
+    for name in ("scores.json", "scores-classifier.json"):
+        (run / name).write_text("{}")
+    train.train(cfg, device="cpu")                          # it is finished: nothing changes
+    assert len([*run.glob("scores*.json")]) == 2
+    train.train(cfg, fresh=True, device="cpu")
+    assert not [*run.glob("scores*.json")]
+
+
+def test_scores_after_the_last_checkpoint_go_when_a_run_continues(tmp_path):
+    (tmp_path / "run").mkdir()
+    for step in (4, 8, 12):
+        checkpoint.append_line(tmp_path / "run" / "scores.jsonl", {"step": step})
+    log.Log(tiny(tmp_path), Ranks(0, 1, torch.device("cpu")), 8, {"count": 24})
+    assert [line["step"] for line in checkpoint.read_lines([tmp_path / "run" / "scores.jsonl"])] == [4, 8]
+
+
 def test_steps_that_are_not_finite_stop_training_only_in_a_row(tmp_path):
     (tmp_path / "run").mkdir()
     watch = log.Log(tiny(tmp_path), Ranks(0, 1, torch.device("cpu")), 0, {"count": 24})
