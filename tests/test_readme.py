@@ -154,13 +154,24 @@ def test_what_the_pages_say_of_photographs_is_in_the_results():
 
 def test_what_the_pages_say_of_the_lengths_of_training_is_in_the_results():
     rows = [json.loads(line) for line in open(ROOT / "results" / "fashion.jsonl")]
-    ends = {name: [next(row for row in rows if row["settings"] == compare.IMAGES[name] and row["what"] == "run"
-                        and f"{row['training_flops']:.1e}" == flops) for flops in ("1.3e+13", "5.1e+13")]
-            for name in ("LapFlow", "LFM", "Pyramidal Flow")}
-    (a, b), (c, d), (e, f) = ([f"{row['frechet']:.2f}" for row in both] for both in ends.values())
-    assert f"falls from {a} to {b}, LFM's from {c} to {d}, Pyramidal Flow's from {e} to {f}" in RESULTS
-    (a, b), (c, d), (e, f) = ([f"{row['frechet_efficientnet']:.0f}" for row in both] for both in ends.values())
-    assert f"EfficientNet's from {a} to {b}, {c} to {d} and {e} to {f}" in RESULTS
+    quarter, whole = ({name: [row for row in rows if row["settings"] == compare.IMAGES[name] and row["what"] == "run"
+                              and f"{row['training_flops']:.1e}" == flops]
+                       for name in ("LapFlow", "LFM", "Pyramidal Flow")} for flops in ("1.3e+13", "5.1e+13"))
+    distance = [f"from {means(quarter, 'frechet')[name]:.2f} to {end:.2f}" for name, end in means(
+        whole, "frechet").items()]
+    assert "falls {}, LFM's {}, Pyramidal Flow's {}, and".format(*distance) in RESULTS
+    judged = [f"{means(quarter, 'frechet_efficientnet')[name]:.0f} to {end:.0f}" for name, end in means(
+        whole, "frechet_efficientnet").items()]
+    assert "EfficientNet's from {}, {} and {}.".format(*judged) in RESULTS
+    ends = [f"{end:.2f}" for end in means(whole, "frechet").values()]
+    assert "all three are level: {}, LFM {}, Pyramidal Flow {}.".format(*ends) in README
+    (lfm, lfm_2), (pyramidal, pyramidal_2) = ([errors_apart(whole, "LapFlow", name, key) for key in (
+        "frechet", "frechet_efficientnet")] for name in ("LFM", "Pyramidal Flow"))
+    assert (f"{-lfm:.1f} standard errors closer than LFM and {pyramidal:.1f} behind Pyramidal Flow in the classifier's "
+            f"FD, {-lfm_2:.1f} and {-pyramidal_2:.1f} closer in EfficientNet's") in RESULTS
+    assert max(map(abs, (lfm, lfm_2, pyramidal, pyramidal_2))) < 2              # level
+    for key, best in (("precision", max), ("label_agreement", max), ("recall", min)):
+        assert means(whole, key)["LapFlow"] == best(means(whole, key).values())
 
 
 def test_what_the_pages_say_of_the_cost_of_sampling_is_in_the_results():
