@@ -41,8 +41,10 @@ def solver_options(segments: list, j: int, solver: str, steps: int | None, norm:
     start, end = segments[j]
     if solver != "dopri5":
         grid = torch.linspace(start, end, share_steps(steps, segments)[j] + 1, device=device)
+        for t in jumps:
+            grid[(grid - t).abs() < 1e-6] = t               # not a rounding beside it
         return grid[[0, -1]], {"method": FIXED[solver], "options": {
-            "grid_constructor": lambda func, y0, t: grid, "perturb": bool(jumps)}}      # on its side of a jump
+            "grid_constructor": lambda func, y0, t: grid, "perturb": any(0 < t < 1 for t in jumps)}}
     dtype = torch.float32 if device.type == "mps" else torch.float64
     times = torch.tensor([start, end], dtype=dtype, device=device)
     # a step ends at the end of the segment: torchdiffeq would overshoot and interpolate back

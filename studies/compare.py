@@ -268,7 +268,7 @@ def run_all(planned: list[tuple[str, Config]], args: argparse.Namespace) -> None
 def table(runs_of: dict, paper_fid: dict, times: dict) -> str:
     """Markdown, a row for each name; by name: the lines of its runs, the paper's FID or None, and seconds per image."""
     lines = sum(runs_of.values(), [])
-    columns = {key: value for key, value in COLUMNS.items() if key in lines[0]}
+    columns = {key: value for key, value in COLUMNS.items() if all(key in line for line in lines)}
     with_paper = any(paper_fid.values())
     head = ["", *(title for title, _ in columns.values()), "s / image", "GFLOPs / image", "parameters, M", "steps",
             *["paper: FID"] * with_paper]
@@ -295,13 +295,13 @@ def table(runs_of: dict, paper_fid: dict, times: dict) -> str:
 def draw_curves(path: Path, runs_of: dict, lines: list[dict]) -> None:
     """Distance against training FLOPs: along the run of the first seed; where a classifier judges, over all lines of
     a system, runs of several lengths, the mean of their seeds."""
-    judged, curves = any("frechet" in line for line in lines), []
+    judged, curves = any("frechet" in line for line in lines if line.get("what") == "run"), []
     for name, runs in runs_of.items():
         points = []
         if judged and runs:
             by_length = {}
             for line in lines:
-                if line["what"] == "run" and line["settings"] == runs[0]["settings"]:
+                if line.get("what") == "run" and line["settings"] == runs[0]["settings"]:
                     by_length.setdefault(line["training_flops"], []).append(line["frechet"])
             points = sorted((flops, statistics.mean(values)) for flops, values in by_length.items())
         elif runs:

@@ -122,6 +122,16 @@ def test_seconds_are_measured_once_for_each_row(tmp_path, monkeypatch):
     assert line == compare.finished([line], cfg, "time") and line["seconds_per_image"] == 0.2
 
 
+def test_lines_of_other_programs_are_passed_over(tmp_path, monkeypatch):
+    """train.py --record and fid.py --record write lines that name no comparison."""
+    foreign, own, curves = {"frechet": 1.0, "config": None}, line(0, 0.1, curve=[]), []
+    monkeypatch.setattr(compare.pictures, "plot", lambda path, given, **words: curves.append((given, words["ylabel"])))
+    assert compare.finished([foreign, own], Config.from_dict(own["config"]), "run") is own
+    assert compare.gathered([foreign, own], {"A": {}}) == ({"A": [own]}, {})
+    compare.draw_curves(tmp_path / "x.png", {"A": [own]}, [foreign, own])
+    assert len(curves[0][0]) == 1 and "pixels" in curves[0][1]
+
+
 def test_runs_on_larger_images_are_judged_and_those_on_the_digits_are_not(tmp_path, monkeypatch):
     Image.new("RGB", (32, 32)).save(tmp_path / "0.png")
     calls, child = [], SimpleNamespace(wait=lambda: None, returncode=0)

@@ -208,7 +208,7 @@ def test_what_the_text_says_of_the_ablations_on_garments_is_in_the_results():
     assert f"({behind('mask none')} and {behind('mask self')} standard errors)" in RESULTS
     assert f"agreement with the label falls, by {behind('mask none', 'label_agreement')[1:]}" in RESULTS
     assert (f"LapFlow is behind by {behind('experts qkv')} standard errors, with all weights shared by "
-            f"{behind('experts none')}, at the same training FLOPs") in RESULTS
+            f"{behind('experts none')}, at the same training FLOPs but with fewer parameters") in RESULTS
 
 
 def test_the_standard_errors_between_systems_are_those_of_the_results():
@@ -235,7 +235,7 @@ def test_the_standard_errors_between_systems_are_those_of_the_results():
     shared, dfm, bare = means(rest, "frechet").values()
     assert f"with shared weights ({shared:.2f}) and DFM ({dfm:.2f})" in text
     assert f"options and with two scales it is at {bare:.2f}" in text
-    assert f"without them {bare:.2f}." in README
+    assert f"without them, in two scales, {bare:.2f}." in README
     for name in names[:4]:
         assert all(apart(name, key) > 4 for key in ("precision", "label_agreement"))
         assert apart(name, "recall") < -4 and (apart(name, "class_variance") < -4 or name == "LFM")

@@ -285,9 +285,9 @@ def test_generate_reports_what_it_did(tmp_path):
     assert np.abs(images.astype(int) - again).max() <= 1                        # rounding to 8 bits may differ
 
 
-@pytest.mark.parametrize("interval", [(0.0, 0.5), (0.2, 0.5), (0.5, 1.0), (0.5, 0.8)])
+@pytest.mark.parametrize("interval", [(0.0, 0.5), (0.2, 0.5), (0.5, 1.0), (0.5, 0.8), (0.1, 0.4)])
 @pytest.mark.parametrize("solver", [dict(), dict(solver="euler", steps=20), dict(solver="heun", steps=20),
-                                    dict(solver="rk4", steps=20)])
+                                    dict(solver="heun", steps=30), dict(solver="rk4", steps=30)])
 def test_guidance_lasts_as_long_as_its_interval(interval, solver):
     """The velocity is 1, and with guidance 3; the interval ends where steps end, or where a band enters."""
     def model(bands, t, y):
