@@ -168,7 +168,7 @@ def test_what_the_pages_say_of_the_lengths_of_training_is_in_the_results():
     (lfm, lfm_2), (pyramidal, pyramidal_2) = ([errors_apart(whole, "LapFlow", name, key) for key in (
         "frechet", "frechet_efficientnet")] for name in ("LFM", "Pyramidal Flow"))
     assert (f"{-lfm:.1f} standard errors closer than LFM and {pyramidal:.1f} behind Pyramidal Flow in the classifier's "
-            f"FD, {-lfm_2:.1f} and {-pyramidal_2:.1f} closer in EfficientNet's") in RESULTS
+            f"FD, {-lfm_2:.1f} closer and {pyramidal_2:.1f} behind in EfficientNet's") in RESULTS
     assert max(map(abs, (lfm, lfm_2, pyramidal, pyramidal_2))) < 2              # level
     for key, best in (("precision", max), ("label_agreement", max), ("recall", min)):
         assert means(whole, key)["LapFlow"] == best(means(whole, key).values())
