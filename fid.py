@@ -27,7 +27,7 @@ from tqdm import tqdm
 import config
 import sample
 from config import UserError
-from data import batches, conditions
+from data import batches, conditions, sources
 from run import gallery, graphs, load
 from run.log import check_record, record
 from run.ranks import Ranks
@@ -144,6 +144,15 @@ def judge(extractor: Callable, real: np.ndarray, real_labels: np.ndarray, fake: 
     return scores
 
 
+def originals(dataset: batches.Dataset, count: int, decode: Callable) -> np.ndarray:
+    """Pixel features of training images, which samples may have copied: 60,000, of latents `count`. Read once."""
+    index = batches.epoch(len(dataset), 0, 0)[: count if dataset.latent else max(count, 60_000)]
+    if dataset.originals is None or len(dataset.originals) < len(index):
+        parts = tqdm(sources.chunks_of(len(index), 256), "training images", leave=False, disable=None)
+        dataset.originals = np.concatenate([pixel_features(decode(dataset.plain(index[part]))) for part in parts])
+    return dataset.originals
+
+
 def evaluate(dataset: batches.Dataset, images: np.ndarray, y: np.ndarray | None, decode: Callable,
              extractor: Callable | None = None, force: bool = False) -> dict:
     """Scores of generated images against the test split, or the training set where there is none, and, under "real",
@@ -151,19 +160,11 @@ def evaluate(dataset: batches.Dataset, images: np.ndarray, y: np.ndarray | None,
 
     y: labels (N,), vectors (N, dim) or None. decode: data x1 -> uint8 images, as the run's own: latents are compared as
     the autoencoder gives them back. extractor: judge in its features, with equal n on all sides, in place of pixels."""
-    def pixels(x1):
-        return np.concatenate([decode(part) for part in x1.split(256)])
-
-    def originals():                                        # of latents, which are slow to decode, some
-        index = batches.epoch(len(dataset), 0, 0)[: count if dataset.latent else None]
-        parts = [index[i : i + 256] for i in range(0, len(index), 256)]
-        return np.concatenate([pixel_features(decode(dataset.x1(dataset.read(part, np.ones((len(part), 3)))[0])))
-                               for part in parts])
-
     count = max(2 * len(images), 2000)
     test = dataset.test(count)
     x1, real_labels = test or dataset.reference(count)
-    real, labels = pixels(x1), None if y is None or np.ndim(y) > 1 else np.asarray(y)
+    real = np.concatenate([decode(part) for part in x1.split(256)])
+    labels = None if y is None or np.ndim(y) > 1 else np.asarray(y)
     if labels is not None:                                  # of some classes only: compare with those
         real, real_labels = (a[np.isin(real_labels, labels)] for a in (real, real_labels))
     n = min(len(images), len(real) // 2)
@@ -173,7 +174,7 @@ def evaluate(dataset: batches.Dataset, images: np.ndarray, y: np.ndarray | None,
         compared = compared_real = partial(judge, extractor, force=force)
         against = real_against = slice(n, 2 * n)
     else:
-        train, against, real_against = originals(), slice(None), slice(n, None)
+        train, against, real_against = originals(dataset, count, decode), slice(None), slice(n, None)
         compared, compared_real = (partial(score, train=train, own=(not test, own)) for own in (False, not test))
     scores = compared(real[against], real_labels[against], images, labels)
     if n >= 5:                                              # real images in place of the generated ones
@@ -264,7 +265,7 @@ def against_data(args: argparse.Namespace, samples: Samples, ranks: Ranks) -> di
         extractor = (load_classifier(dataset, run.decode, run.device) if name == "classifier"
                      else load_extractor(args, name, ranks))
     drawn = tqdm(samples.draw(), "sampling", math.ceil(samples.num / args.batch), leave=False, disable=None)
-    images, y = map(np.concatenate, [*zip(*drawn, strict=True)][1:])
+    images, y = (np.concatenate(column) for column in list(zip(*drawn, strict=True))[1:])
     known = y.ndim > 1 or run.classes and y.min() >= 0
     return evaluate(dataset, images, y if known else None, run.decode, extractor, args.force)
 

@@ -141,6 +141,7 @@ class Dataset:
     fingerprint: str = ""                                   # of the files it came from
     latent: dict | None = None                              # the autoencoder's facts; None: pixels
     held_out: Callable[[], "Dataset"] | None = None         # reads the test split
+    originals: np.ndarray | None = None                     # see fid.originals
     device: torch.device | str = "cpu"                      # of x1
 
     def use_vectors(self, vectors: np.ndarray) -> None:
@@ -170,11 +171,14 @@ class Dataset:
         """Raw pixels, on any device, as data (B, C, H, W)."""
         return raw.float() / 127.5 - 1
 
+    def plain(self, index: np.ndarray) -> Tensor:
+        """Examples as x1 (B, C, H, W), none mirrored."""
+        return self.x1(self.read(index, np.ones((len(index), 3)))[0])
+
     def reference(self, count: int, seed: int = 0) -> tuple[Tensor, np.ndarray]:
         """At most `count` unmirrored examples as x1, shuffled, and their labels or vectors."""
         index = epoch(len(self), seed, 0)[:count]
-        raw, _ = self.read(index, np.ones((len(index), 3)))
-        return self.x1(raw), self.conditions(index)
+        return self.plain(index), self.conditions(index)
 
     def test(self, count: int, seed: int = 0) -> tuple[Tensor, np.ndarray] | None:
         """`reference` of the held-out split, None when there is none. Reads it the first time."""

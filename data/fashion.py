@@ -6,13 +6,12 @@ sizes), then one byte for each pixel or label.
 
 import gzip
 import hashlib
-import zlib
 from pathlib import Path
 
 import numpy as np
 
-from config import UserError, first_line
-from data.sources import LARGEST, open_source
+from config import UserError
+from data.sources import LARGEST, explain, open_source
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 CLASSES = ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
@@ -57,17 +56,14 @@ def read(where: str, split: str = "train") -> tuple[np.ndarray, np.ndarray, str]
 
 def read_idx(file: Path, shape: tuple[int, ...]) -> np.ndarray:
     """The bytes of a gzipped idx file, (N, *shape). Raises UserError for a damaged file or another shape."""
-    try:
-        with gzip.open(file) as stream:
-            header = np.frombuffer(stream.read(4 * (2 + len(shape))), ">i4").tolist()
-            if header[:1] != [0x801 + len(shape)] or tuple(header[2:]) != shape:    # 08: bytes, then the dimensions
-                raise ValueError(f"its header is not that of bytes of the shape {('N', *shape)}")
-            size = header[1] * int(np.prod(shape))
-            if not 0 < size < LARGEST:
-                raise ValueError(f"it claims {size:,} bytes")
-            content = stream.read(size + 1)
-    except (OSError, EOFError, ValueError, IndexError, zlib.error) as problem:
-        raise UserError(f"{file} cannot be read as an idx file: {first_line(problem)}; get it again") from None
+    with explain(f"{file} cannot be read as an idx file", "; get it again"), gzip.open(file) as stream:
+        header = np.frombuffer(stream.read(4 * (2 + len(shape))), ">i4").tolist()
+        if header[:1] != [0x801 + len(shape)] or tuple(header[2:]) != shape:        # 08: bytes, then the dimensions
+            raise ValueError(f"its header is not that of bytes of the shape {('N', *shape)}")
+        size = header[1] * int(np.prod(shape))
+        if not 0 < size < LARGEST:
+            raise ValueError(f"it claims {size:,} bytes")
+        content = stream.read(size + 1)
     if len(content) != size:
         raise UserError(f"{file} is {'cut off' if len(content) < size else 'too long'}: its header promises {size:,} "
                         "bytes; get it again")

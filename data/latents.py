@@ -138,8 +138,7 @@ class Cache:
         header, size = read_header(self.folder), len(self.source) * self.row
         if header is None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for file in self.folder.glob("progress-*.jsonl"):
-                file.unlink()
+            self.forget_notes()
             free = shutil.disk_usage(self.folder).free
             if free < 1.02 * size:
                 raise UserError(f"the cache needs {size / 2**30:.1f} GiB, but there are {free / 2**30:.1f} GiB free "
@@ -163,6 +162,10 @@ class Cache:
         """Chunk number -> its note, of the chunks that are written."""
         notes = checkpoint.read_lines(self.folder.glob("progress-*.jsonl"))
         return {note["chunk"]: note for note in notes if "chunk" in note}
+
+    def forget_notes(self) -> None:
+        for file in self.folder.glob("progress-*.jsonl"):
+            file.unlink()
 
     def fill(self, workers: int, skip_bad: bool) -> None:
         """Encodes and writes the chunks that are missing, each process its share; threads read one chunk ahead."""
@@ -217,8 +220,7 @@ class Cache:
         np.save(self.folder / "labels.npy", labels)
         left_out = [f"{i}: {problem}" for i, problem in sorted(bad.items())]
         self.write_header({**self.header, "complete": True, "left_out": left_out})
-        for file in self.folder.glob("progress-*.jsonl"):
-            file.unlink()
+        self.forget_notes()
 
 
 def encode(dataset: str, res: int, data: str, vae: str, out: Path, split: str = "train", condition: str = "labels",

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from config import UserError
 from data.conditions import find_label
-from data.sources import explain, open_source
+from data.sources import chunks_of, explain, open_source
 from run import checkpoint, pictures
 from run.load import Run
 from run.memory import peak_memory
@@ -185,14 +185,13 @@ def open_samples(where: Path, batch: int = 250, classes: list[str] | None = None
     side = min(source.size(0))
     places = [find_label(classes, name) if classes else i for i, name in enumerate(source.classes)] or [-1]
 
-    def read_images(first):
-        numbers = range(first, min(first + batch, len(source)))
+    def read_images(numbers):
         if any(source.size(i) != (side, side) for i in numbers):
             raise UserError(f"the images of {where} are not all {side} x {side}: scores need equal squares")
         images = np.stack([source.image(i, side) for i in numbers]).transpose(0, 2, 3, 1)
         return images, np.array([places[source.labels[i]] for i in numbers])
 
-    return len(source), [(first, lambda first=first: read_images(first)) for first in range(0, len(source), batch)]
+    return len(source), [(part.start, partial(read_images, part)) for part in chunks_of(len(source), batch)]
 
 
 def report_of(run: Run, notes: list[dict], seed: int, batch: int, settings: dict) -> dict:

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import trange
 
-from config import UserError, first_line
+from config import UserError
 from data.batches import Dataset
+from data.sources import explain
 from run.load import full_float32
 
 SETTINGS = dict(version=1, widths=(32, 64, 128, 128), features=128, side=64, examples=60_000, epochs=20, least=300,
@@ -96,16 +97,12 @@ def load_classifier(dataset: Dataset, decode: Callable, device: torch.device | s
         network = Network(image.shape[1], image.shape[2], len(dataset.classes)).to(memory_format=torch.channels_last)
     if not file.exists():
         train(network, dataset, decode, device)
-        try:
+        with explain(f"the classifier cannot be written to {file}", kinds=OSError):
             folder.mkdir(parents=True, exist_ok=True)
             torch.save(network.state_dict(), file.with_suffix(f".{os.getpid()}.tmp"))
             os.replace(file.with_suffix(f".{os.getpid()}.tmp"), file)
-        except OSError as problem:
-            raise UserError(f"the classifier cannot be written to {file}: {problem}") from None
-    try:
+    with explain(f"{file} cannot be read", "; delete it, and it is trained again"):
         network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-    except Exception as problem:                            # torch raises many kinds for a damaged file
-        raise UserError(f"{file} cannot be read ({first_line(problem)}): delete it, and it is trained again") from None
     weights = b"".join(tensor.numpy().tobytes() for tensor in network.cpu().state_dict().values())
     return Classifier(network, f"classifier {key} {hashlib.sha256(weights).hexdigest()[:16]}", device)
 

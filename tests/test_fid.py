@@ -182,6 +182,21 @@ def test_copies_of_any_training_image_are_found():
         assert scores["real"]["novelty"] == pytest.approx(1, abs=0.1)
 
 
+def test_training_images_are_read_once():
+    """By the scores of --eval-every, too; and not all of a set of millions."""
+    pixels, seen = rng.integers(0, 256, (360, 1, 8, 8)).astype(np.uint8), []
+    test = Images(pixels[300:], np.arange(60) % 2)
+    dataset = Images(pixels[:300], np.arange(300) % 2, ["a", "b"], held_out=lambda: test)
+    plain = dataset.plain
+    dataset.plain = lambda index: seen.append(len(index)) or plain(index)
+    scores = [fid.evaluate(dataset, pixels[:40].transpose(0, 2, 3, 1), np.arange(40) % 2, to_images) for _ in range(2)]
+    assert scores[0] == scores[1] and scores[0]["n_train"] == sum(seen) == 300
+    large = Images(np.zeros((60_400, 1, 1, 1), np.uint8), np.zeros(60_400, int))
+    assert [len(fid.originals(large, count, to_images)) for count in (2000, 60_300)] == [60_000, 60_300]
+    large.originals, large.latent = None, {"sha256": ""}
+    assert len(fid.originals(large, 2000, to_images)) == 2000
+
+
 def test_the_variance_inside_small_classes_is_not_smaller():
     """Three images of each class against thirty of the same law: 1 on average."""
     real, fake = rng.standard_normal((9000, 20)), rng.standard_normal((900, 20))
