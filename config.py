@@ -39,11 +39,13 @@ def first_line(problem: Exception) -> str:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a program. A UserError becomes one sentence and exit code 1."""
+    """Runs a program. A UserError, and Ctrl-C, become one sentence and exit code 1."""
     try:
         main()
     except UserError as problem:
         sys.exit(f"error{' in process ' + os.environ['RANK'] if 'RANK' in os.environ else ''}: {problem}")
+    except KeyboardInterrupt:
+        sys.exit("stopped")
 
 
 def parse_size(size: str | tuple) -> tuple[int, int, int, int]:

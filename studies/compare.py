@@ -20,12 +20,10 @@ import signal
 import statistics
 import subprocess
 import sys
-from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cache
 from pathlib import Path
-from threading import Lock
 
 from tqdm import tqdm
 
@@ -42,7 +40,6 @@ from studies.output import markdown, origin, seeds, spread
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLING = ("noise_scale", "solver", "solver_steps")        # rows that differ in these alone share a training
-LOCKS = defaultdict(Lock)                                   # one training at a time in each folder
 
 # What is compared: name -> settings. Then the tables of the paper: name -> (settings, the paper's FID, CelebA-HQ 256).
 SYSTEMS = {"LapFlow": {}, "LFM": {"method": "lfm"}, "Pyramidal Flow": {"method": "pyramidal"},
@@ -157,11 +154,12 @@ def finished(lines: list[dict], cfg: Config, what: str) -> dict | None:
 # the runs
 
 
-def train_one(name: str, cfg: Config, args: argparse.Namespace, commit: str, children: list) -> None:
-    """One run, in a process of its own, and its line."""
+def train_rows(rows: list[tuple[str, Config]], args: argparse.Namespace, commit: str, children: list) -> None:
+    """One training, in a process of its own, and a line for each row that samples it."""
+    cfg = rows[0][1]
     folder, report = Path(cfg.out), Path(cfg.out + ".log")
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
-    with LOCKS[cfg.out], open(report, "w") as file:
+    with open(report, "w") as file:
         few = cfg if cfg.dataset == "digits" else dataclasses.replace(cfg, num_samples=64)      # see judged
         child = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *command_of(few, args.device)], stdout=file,
                                  stderr=file, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
@@ -170,22 +168,22 @@ def train_one(name: str, cfg: Config, args: argparse.Namespace, commit: str, chi
     if child.returncode or not (folder / "scores.json").exists():           # a run that is asked to stop leaves with 0
         last = (report.read_text().splitlines() or [""])[-1]
         raise UserError(f"the run {cfg.out} did not finish, see {report}: {last}")
-    scores = json.loads((folder / "scores.json").read_text())
-    if cfg.dataset != "digits":
-        scores = judged(cfg, args.device, scores)
-    facts = memory.quick_facts(cfg)
+    facts, curve = memory.quick_facts(cfg), checkpoint.read_lines([folder / "scores.jsonl"])
     model = memory.meta_model(cfg, facts)
     flops = memory.forward_flops(model)
-    sampling = sum(calls * count for calls, count in zip(scores["nfe_segments"], flops, strict=True))
-    curve = checkpoint.read_lines([folder / "scores.jsonl"])
-    for key in ("run", "seconds_per_image", "seconds_total"):           # times are measured later, one run at a time
-        scores.pop(key, None)
-    log.record(args.record, cfg, best_device(args.device), {
-        "commit": commit, "what": "run", "settings": variants(args)[name][0],
-        "parameters": memory.parameters(model), "training_flops": cfg.steps * memory.step_flops(cfg, facts),
-        "sampling_flops": sampling, "jobs": args.jobs,
-        "curve": [[line["step"], line["frechet_pixel"]] for line in curve], **scores})
-    print(f"{name:30s} seed {cfg.seed}: FD {scores['frechet_pixel']:.4f}", flush=True)
+    for name, cfg in rows:
+        scores = json.loads((folder / "scores.json").read_text())
+        if cfg.dataset != "digits":
+            scores = judged(cfg, args.device, scores)
+        sampling = sum(calls * count for calls, count in zip(scores["nfe_segments"], flops, strict=True))
+        for key in ("run", "seconds_per_image", "seconds_total"):       # times are measured later, one run at a time
+            scores.pop(key, None)
+        log.record(args.record, cfg, best_device(args.device), {
+            "commit": commit, "what": "run", "settings": variants(args)[name][0],
+            "parameters": memory.parameters(model), "training_flops": cfg.steps * memory.step_flops(cfg, facts),
+            "sampling_flops": sampling, "jobs": args.jobs,
+            "curve": [[line["step"], line["frechet_pixel"]] for line in curve], **scores})
+        print(f"{name:30s} seed {cfg.seed}: FD {scores['frechet_pixel']:.4f}", flush=True)
 
 
 def loaded(cfg: Config, device: str | None) -> load.Run:
@@ -248,16 +246,17 @@ def run_all(planned: list[tuple[str, Config]], args: argparse.Namespace) -> None
     todo = [(name, cfg) for name, cfg in planned if finished(lines, cfg, "run") is None]
     print(f"{len(planned)} runs, {len(planned) - len(todo)} of them done")
     pool = ThreadPoolExecutor(args.jobs)
+    by_folder = {cfg.out: [row for row in todo if row[1].out == cfg.out] for _, cfg in todo}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command goes on"))
     try:
-        for job in as_completed([pool.submit(train_one, name, cfg, args, commit, children) for name, cfg in todo]):
+        for job in as_completed([pool.submit(train_rows, rows, args, commit, children) for rows in by_folder.values()]):
             job.result()
-    except BaseException as problem:
+    except BaseException:
+        for rows in by_folder.values():
+            rows.clear()                                    # nothing more begins
         pool.shutdown(wait=False, cancel_futures=True)
         for child in children:
             child.terminate()                               # it saves, and goes on with the same command
-        if isinstance(problem, KeyboardInterrupt):
-            sys.exit("stopped; the same command goes on")
         raise
 
 

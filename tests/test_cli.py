@@ -225,3 +225,11 @@ def test_every_command_of_the_pages_runs(program, tmp_path, monkeypatch):
                 bench.main()
             else:
                 program(name, *arguments)
+
+
+def test_ctrl_c_is_not_a_traceback():
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit, match="^stopped$"):
+        config.run(main)

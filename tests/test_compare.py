@@ -5,6 +5,8 @@ import dataclasses
 import importlib.util
 import json
 import shlex
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -144,8 +146,46 @@ def test_runs_on_larger_images_are_judged_and_those_on_the_digits_are_not(tmp_pa
         Path(cfg.out).mkdir()
         (Path(cfg.out) / "scores.json").write_text(json.dumps({"nfe_segments": [1] * cfg.num_scales,
                                                                "frechet_pixel": 1.0}))
-        compare.train_one(name, cfg, args, "abc", [])
+        compare.train_rows([(name, cfg)], args, "abc", [])
     assert calls == ["fashion", "folder"]
+
+
+def test_rows_that_share_a_training_follow_each_other_and_nothing_begins_after_a_stop(tmp_path, monkeypatch):
+    """Two rows of one training and three others, two at a time: the second training fails."""
+    began, lines = [], tmp_path / "lines.jsonl"
+    args = arguments(tmp_path, dataset="fashion", seeds=2, jobs=2, record=lines, only=[
+        "LapFlow", "LFM", "LapFlow, finer noise x 0.85", "PixelFlow"])
+    planned = compare.plan_runs(args)
+    shared = next(cfg.out for _, cfg in planned)
+    failing, judging = threading.Event(), []
+
+    class Child:
+        def __init__(self, command, **_):
+            out = command[command.index("--out") + 1]
+            began.append(out)
+            self.returncode, self.ends = int(out != shared), threading.Event() if len(began) > 2 else failing
+            Path(out).mkdir()
+            (Path(out) / "scores.json").write_text(json.dumps({"nfe_segments": [1, 1, 1], "frechet_pixel": 1.0}))
+
+        def wait(self):
+            assert not self.returncode or self.ends.wait(20)            # a third one ends when it is asked to
+
+        def terminate(self):
+            self.ends.set()
+
+    def judged(cfg, device, scores):
+        judging.append(cfg.noise_scale)
+        failing.set()
+        time.sleep(0.3)                                     # the other training has failed before this is over
+        return scores
+
+    monkeypatch.setattr(compare, "judged", judged)
+    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(Popen=Child))
+    monkeypatch.setattr(compare.signal, "signal", lambda *_: None)
+    with pytest.raises(UserError, match="did not finish"):
+        compare.run_all(planned, args)
+    time.sleep(0.6)
+    assert began[0] == shared and len(set(began)) == len(began) <= 3 and judging == [()]    # one may just have begun
 
 
 def test_all_systems_are_there():
