@@ -39,7 +39,7 @@ from scores.features import load_extractor
 from studies.output import markdown, origin, seeds, spread
 
 ROOT = Path(__file__).resolve().parent.parent
-SAMPLING = ("noise_scale", "solver", "solver_steps")        # rows that differ in these alone share a training
+SAMPLING = ("noise_scale", "solver", "solver_steps", "cfg_scale")   # rows that differ in these alone share a training
 
 # What is compared: name -> settings. Then the tables of the paper: name -> (settings, the paper's FID, CelebA-HQ 256).
 SYSTEMS = {"LapFlow": {}, "LFM": {"method": "lfm"}, "Pyramidal Flow": {"method": "pyramidal"},
@@ -80,8 +80,11 @@ IMAGE_ABLATIONS = {                                         # on larger images, 
 BEST = ("LapFlow, finer noise x 0.85", "LFM, noise x 0.95", "Pyramidal Flow, finer noise x 0.9")
 STEPS = {f"{name.split(',')[0]}, {steps} steps": ({**IMAGES[name], "solver": "heun", "solver_steps": steps}, None)
          for name in BEST for steps in (6, 12, 24)}         # what sampling costs
+GUIDANCE = {f"{name.split(',')[0]}, guidance {w:g}": (IMAGES[name] | ({"cfg_scale": w} if w != 1 else {}), None)
+            for name in BEST[::2] for w in (0.85, 1.0, 1.25)}                       # precision against recall
 COLUMNS = {"frechet_pixel": ("FD, pixels", 3), "frechet": ("FD, classifier", 2),
-           "frechet_efficientnet": ("FD, EfficientNet", 1), "precision": ("precision", 3), "recall": ("recall", 3),
+           "kid": ("KID, classifier", 4), "frechet_efficientnet": ("FD, EfficientNet", 1),
+           "kid_efficientnet": ("KID, EfficientNet", 0), "precision": ("precision", 3), "recall": ("recall", 3),
            "class_variance": ("class variance", 3), "label_agreement": ("agreement", 3), "novelty": ("novelty", 2),
            "nfe": ("NFE", 0)}
 
@@ -99,7 +102,7 @@ def set_name(args: argparse.Namespace) -> str:
 def variants(args: argparse.Namespace) -> dict:
     """name -> (settings, the paper's FID or None)."""
     if args.ablation:
-        tables = ABLATIONS if args.dataset == "digits" else {**IMAGE_ABLATIONS, "steps": STEPS}
+        tables = ABLATIONS if args.dataset == "digits" else {**IMAGE_ABLATIONS, "steps": STEPS, "guidance": GUIDANCE}
         if args.ablation not in tables:
             raise UserError(f"--ablation of {args.dataset} is one of {', '.join(tables)}, not {args.ablation}")
         return tables[args.ablation]
@@ -361,7 +364,8 @@ def main() -> None:
     parser.add_argument("--dataset", choices=("digits", "fashion", "folder"), default="digits", help="[digits]")
     parser.add_argument("--data", help="the images; of Fashion-MNIST [the folder of Debian]")
     parser.add_argument("--res", type=int, help="height and width of the images of a folder [that of the preset]")
-    parser.add_argument("--ablation", choices=(*ABLATIONS, "steps"), help="a table of the paper [the systems]")
+    parser.add_argument("--ablation", choices=(*ABLATIONS, "steps", "guidance"),
+                        help="a table of the paper, or of sampling [the systems]")
     parser.add_argument("--only", nargs="+", metavar="SYSTEM", help="some of the systems, LapFlow first [all]")
     parser.add_argument("--seeds", type=int, default=3, help="training seeds 0, 1, ... [3]")
     parser.add_argument("--steps", type=int, help="steps of LapFlow, whose FLOPs all get [those of the preset]")
