@@ -23,7 +23,7 @@ from config import UserError
 from data import conditions, sources
 from extras import causal, studio
 from extras.studio import ENLARGED, FILM_SIDE, FILM_STEPS, VARIATIONS, Wish, figures, follow, note
-from run import load
+from run import graphs, load
 from run.load import Run
 
 MOST = 60                                                   # thumbnails
@@ -43,6 +43,8 @@ class Shared:
 
     run: Run | None = None
     device: str | None = None
+    precision: str | None = None
+    graphs: bool = False
 
     def open(self, name: str | None, **options) -> None:
         """Loads a run. Raises UserError when it cannot be shown."""
@@ -50,6 +52,7 @@ class Shared:
         causal.check(run, SimpleNamespace(command="preview", num=1, batch=1, seed=0, bands=1, numbers=[0]))
         load.full_float32()
         run.ready()
+        graphs.speed_up(run, load.solver_settings(run.cfg, SimpleNamespace(precision=self.precision)), self.graphs)
         self.run = run
 
 
@@ -247,10 +250,12 @@ def main() -> None:
     parser.add_argument("--port", type=int, help="[the first that is free from 7860]")
     parser.add_argument("--vae", help="where the run's autoencoder is now, when it has moved")
     parser.add_argument("--raw", action="store_true", help="use the raw weights, not their moving average")
+    parser.add_argument("--precision", choices=config.PRECISIONS, help="of the network [float32]")
+    parser.add_argument("--graphs", action="store_true", help="replay CUDA graphs, recorded once for all visitors")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps [the best there is]")
     args = parser.parse_args()
     import_gradio()
-    shared = Shared(device=args.device)
+    shared = Shared(device=args.device, precision=args.precision, graphs=args.graphs)
     if args.run or any(Path("out").glob("**/step-*.pt")):
         shared.open(args.run, raw=args.raw, vae=args.vae)
     page = launch(shared, args.host, args.port)

@@ -84,7 +84,7 @@ GUIDANCE = {f"{name.split(',')[0]}, guidance {w:g}": (IMAGES[name] | ({"cfg_scal
             for name in BEST[::2] for w in (0.85, 1.0, 1.25)}                       # precision against recall
 COLUMNS = {"frechet_pixel": ("FD, pixels", 3), "frechet": ("FD, classifier", 2),
            "kid": ("KID, classifier", 4), "frechet_efficientnet": ("FD, EfficientNet", 1),
-           "kid_efficientnet": ("KID, EfficientNet", 0), "precision": ("precision", 3), "recall": ("recall", 3),
+           "kid_efficientnet": ("KID, EfficientNet", 1), "precision": ("precision", 3), "recall": ("recall", 3),
            "class_variance": ("class variance", 3), "label_agreement": ("agreement", 3), "novelty": ("novelty", 2),
            "nfe": ("NFE", 0)}
 

@@ -5,6 +5,7 @@ import io
 import re
 import sys
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,16 +13,19 @@ import pytest
 import torch
 from PIL import Image
 from test_causal import on_vectors
+from test_graphs import Rerun
 from test_latents import encode, images, run_of, vae  # noqa: F401  (fixtures)
 
+import sample
 import train
 from config import Config, UserError
 from conftest import random_model, tiny
 from data import sources
 from extras import demo, studio
 from pyramid import decompose
-from run import load
+from run import graphs, load
 from run.load import Run
+from schedule import Schedule
 
 HEUN = ("heun", 9)
 
@@ -75,6 +79,33 @@ def trained(request, tmp_path, monkeypatch) -> Run:
     shared = demo.Shared(device="cpu")
     shared.open(name)
     return shared.run
+
+
+def test_recordings_are_made_once_and_cancelled_between_calls(tmp_path, monkeypatch):
+    """python -m extras.demo --graphs --precision bfloat16; a recording is one call of the network that is watched."""
+    monkeypatch.setattr(train, "finish", lambda job: {})
+    cfg = tiny(tmp_path, steps=3)
+    train.train(cfg, device="cpu")
+    monkeypatch.setattr(demo.graphs, "speed_up", partial(graphs.speed_up, record=Rerun))
+    shared = demo.Shared(device="cpu", precision="bfloat16", graphs=True)
+    shared.open(cfg.out)
+    recorded, pages = shared.run.model.forward, []
+    assert recorded.bfloat16 and recorded.captures == 0
+    for _ in range(2):
+        wish = wish_of(shared.run)
+        pages.append(result(shared.run, lambda run, wish=wish: studio.preview(run, wish))[0])
+        assert recorded.captures == 1                       # the coarse band of six images
+    assert np.array_equal(*pages)
+    assert result(shared.run, lambda run: studio.finish(run, wish, 2))[2] < 0.05 and recorded.captures == 3
+
+    watched, calls = studio.Watched(shared.run.model), []
+    def work(bands, t):
+        calls.append(t)
+        watched.stopped = len(calls) == 3
+        return watched(bands, t.expand(6), wish.y)
+    with pytest.raises(studio.Stopped):
+        sample.solve(work, [torch.zeros(6, 1, 4, 4)], Schedule((0.0,)), "euler", steps=9)
+    assert len(calls) == 3
 
 
 def test_a_pixel_run_a_latent_run_and_an_export_do_everything(trained, tmp_path):
