@@ -46,6 +46,9 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(f"error{' in process ' + os.environ['RANK'] if 'RANK' in os.environ else ''}: {problem}")
     except KeyboardInterrupt:
         sys.exit("stopped")
+    except BrokenPipeError:                                 # python -m studies.plan | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 def parse_size(size: str | tuple) -> tuple[int, int, int, int]:

@@ -161,12 +161,14 @@ def evaluate(dataset: batches.Dataset, images: np.ndarray, y: np.ndarray | None,
     y: labels (N,), vectors (N, dim) or None. decode: data x1 -> uint8 images, as the run's own: latents are compared as
     the autoencoder gives them back. extractor: judge in its features, with equal n on all sides, in place of pixels."""
     count = max(2 * len(images), 2000)
-    test = dataset.test(count)
-    x1, real_labels = test or dataset.reference(count)
-    real = np.concatenate([decode(part) for part in x1.split(256)])
-    labels = None if y is None or np.ndim(y) > 1 else np.asarray(y)
-    if labels is not None:                                  # of some classes only: compare with those
-        real, real_labels = (a[np.isin(real_labels, labels)] for a in (real, real_labels))
+    test, labels = dataset.held_out is not None, None if y is None or np.ndim(y) > 1 else np.asarray(y)
+    side = dataset.held_out() if test else dataset
+    index = batches.epoch(len(side), 0, 0)
+    index = index[:count] if labels is None else index[np.isin(side.labels[index], labels)][:count]     # of its classes
+    if len(index) < (least := 10 if extractor else 5):
+        raise UserError(f"the data show {len(index)} images of these classes: scores need at least {least}")
+    parts, real_labels = sources.chunks_of(len(index), 256), side.conditions(index)
+    real = np.concatenate([decode(side.plain(index[part])) for part in parts])      # never all of them as floats
     n = min(len(images), len(real) // 2)
     if extractor:                                           # equally many images on all sides
         chosen = np.random.default_rng(0).permutation(len(images))[:n]
@@ -227,6 +229,8 @@ class Samples:
             self.folder = self.files if self.files.is_dir() else self.files.parent
             return
         self.num, self.shape, self.folder = args.num, self.run.image_shape, self.run.folder
+        if args.what and not path.exists():                 # it lies in the hub's cache
+            self.folder = Path()
         self.y = conditions.choose(self.run.condition, args.num, args.labels, args.vectors)
         if args.compile:
             load.compile_blocks(self.run.model)
@@ -312,7 +316,8 @@ def main() -> None:
         result = {**samples.report, **scores}
         if not args.ref:
             name = "" if args.features in (None, "pixels") else f"-{args.features}"
-            (samples.folder / f"scores{name}.json").write_text(json.dumps(result, indent=2))
+            with sources.explain(f"the scores cannot be written to {samples.folder}", kinds=OSError):
+                (samples.folder / f"scores{name}.json").write_text(json.dumps(result, indent=2))
         if args.record or args.ref:
             record(args.record or "results/fid.jsonl", samples.run and samples.run.cfg, ranks.device, result)
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from config import UserError, parse_size
+from config import CHOICES, UserError, parse_size
 from data.conditions import Labels
 from pyramid import reconstruct
 from run.modern import SwiGLU, rotary_angles, rotate
@@ -27,11 +27,11 @@ EXPERTS = ("full", "qkv", "none")
 MASKS = ("causal", "none", "self")
 
 
-def check_model(resolution: int, patches: list[int], experts: str, mask: str) -> None:
+def check_model(resolution: int, patches: list[int], experts: str, mask: str, block: str) -> None:
     """Raises UserError for a resolution that does not fit the patches of all bands, and for an unknown option."""
-    for name, value, choices in (("experts", experts, EXPERTS), ("mask", mask, MASKS)):
-        if value not in choices:
-            raise UserError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")
+    for name, x, known in (("experts", experts, EXPERTS), ("mask", mask, MASKS), ("block", block, CHOICES["block"])):
+        if x not in known:
+            raise UserError(f"unknown {name} {x!r}; choose one of {', '.join(known)}")
     step = lcm(*(p << k for k, p in enumerate(reversed(patches))))
     if resolution < 1 or resolution % step:
         raise UserError(f"a model input of {resolution} x {resolution} does not fit {len(patches)} scales with patches "
@@ -202,7 +202,7 @@ class MoTDiT(nn.Module):
         super().__init__()
         d, depth, num_heads, p = parse_size(size)
         self.patches = [int(p) for p in patches] or [p] * num_scales
-        check_model(resolution, self.patches, experts, mask)
+        check_model(resolution, self.patches, experts, mask, block)
         if num_classes and condition is None:
             condition = partial(Labels, [str(label) for label in range(num_classes)])
         self.hidden_size, self.head_dim, self.depth = d, d // num_heads, depth
@@ -274,7 +274,7 @@ class MoTDiT(nn.Module):
             c = c + embedding
         c = F.silu(c)
         if self.num_cond:
-            xs[0] = torch.cat([*(token.expand(b, -1, -1) for token in tokens), xs[0]], dim=1)   # (B, num_cond + N_0, D)
+            xs[0] = torch.cat([*tokens, xs[0]], dim=1)                              # (B, num_cond + N_0, D)
             angles = [F.pad(angles[0], (0, 0, self.num_cond, 0)), *angles[1:]]      # condition tokens are not turned
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():

@@ -4,7 +4,7 @@
     band i     = D^(K-1-i) x  -  U D^(K-i) x        what the next coarser level cannot show, i = 1..K-1
     image x    = sum_i U^(K-1-i) band i             exact, up to rounding
 
-D is 2x2 average pooling and U is nearest-neighbour doubling. Two facts are used throughout:
+D is 2x2 average pooling and U is nearest-neighbour doubling. Two facts of this pyramid are used:
 
 * D U = identity. So D band_i = 0 for i > 0: in a fine band every 2x2 block has mean zero, three of four numbers are
   free, and the pyramid is an unnormalised Haar transform.

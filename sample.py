@@ -6,8 +6,8 @@
 
     torchrun --nproc_per_node=8 sample.py -n 50000 --format shards      as one process would; resumes after a stop
 
-Writes DIR/grid.png and DIR/samples.npz (`images` uint8 (N, H, W, C), `labels` (N,), -1 when unconditional). What only a
-causal pyramid can do (previews, variations, super-resolution) is in extras/causal.py.
+Writes DIR/grid.png, report.json and samples.npz (`images` uint8 (N, H, W, C), `labels` (N,), -1 when unconditional).
+What only a causal pyramid can do (previews, variations, super-resolution) is in extras/causal.py.
 Image i depends on the seed and on i alone. The fixed-step solvers keep that up to float rounding; dopri5 chooses its
 steps for a whole batch at once, so there an image also depends, within the tolerance, on its batch.
 """

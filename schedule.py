@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config import UserError
+from config import CHOICES, UserError
 from pyramid import PYRAMIDS, decompose, reconstruct
 
 PATHS = ("linear", "quadratic", "cubic", "gvp")
@@ -44,7 +44,7 @@ class Schedule:
     stage_weights   how often each stage is trained, relative to the others; (): equally, as the paper.  # not in paper
     noise_scale     of each band's noise, for sampling only; (): 1, as the paper.  # not in paper
 
-    Raises UserError when the starts do not increase from 0 to below 1, and for an unknown path or pyramid.
+    Raises UserError when the starts do not increase from 0 to below 1, and for an unknown option.
     """
 
     starts: tuple[float, ...] = (0.0, 0.5)
@@ -61,8 +61,8 @@ class Schedule:
         starts = tuple(self.starts)
         if starts[:1] != (0,) or not all(a < b for a, b in zip(starts, starts[1:] + (1.0,), strict=False)):
             raise UserError(f"starts must increase from 0 to below 1, like 0,0.5; got {starts}")
-        for name, known in (("path", PATHS), ("pyramid", tuple(PYRAMIDS))):
-            if getattr(self, name) not in known:
+        for name, known in {**CHOICES, "path": PATHS, "pyramid": tuple(PYRAMIDS)}.items():
+            if getattr(self, name, known[0]) not in known:  # CHOICES has other settings, too
                 raise UserError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(known)}")
 
     @property
@@ -101,7 +101,7 @@ class Schedule:
         return tau, (1 - t) ** p, torch.full_like(t, rate), -p * (1 - t) ** (p - 1)
 
     def enter(self, j: int, bands: list[Tensor], x0: Tensor) -> list[Tensor]:
-        """The state as segment j begins: band j joins the others as sigma(T_j) x_0, its exact law at T_j."""
+        """The state as segment j begins: band j joins as sigma(T_j) x_0, its law at T_j (Haar bands: independent)."""
         return [*bands, self.coefficients(j, self.starts[j])[1].to(x0) * x0]
 
     def interpolate(self, x1: list[Tensor], x0: list[Tensor], t: Tensor) -> tuple[list[Tensor], list[Tensor]]:

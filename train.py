@@ -6,7 +6,7 @@
     torchrun --nproc_per_node=8 train.py --dataset celebahq --res 1024     a row of the paper; data.latents goes before
 
 The same command continues a run that was stopped, on any number of GPUs; --fresh starts it over. The run directory gets
-config.json, checkpoints, metrics.jsonl, samples.png, trajectory.png, loss.png and scores.json.
+config.json, starts.jsonl, checkpoints, metrics.jsonl, samples.png, trajectory.png, loss.png and scores.json.
 """
 
 import copy
@@ -155,7 +155,7 @@ def loop(job: Job, stop: StopSignals, deadline: float) -> None:
                 (loss / len(job.parts)).backward()
             metrics.add(loss, errors, len(x1))
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
-        if optimizer.defaults["fused"]:                     # it skips the step, on the device, when found_inf is 1
+        if optimizer.defaults["fused"]:                     # AdamW (.optim: of shards) skips a step with found_inf 1
             getattr(optimizer, "optim", optimizer).found_inf = (~grad_norm.isfinite()).float()
         if optimizer.defaults["fused"] or grad_norm.isfinite():
             optimizer.step()
@@ -205,7 +205,7 @@ def glance(job: Job) -> None:
             images, y, report = draw(run, cfg.num_samples, progress=False)
             checkpoint.append_line(run.folder / "scores.jsonl",
                                    {**report, **fid.evaluate(job.dataset, images, y, run.decode)})
-    except (UserError, torch.OutOfMemoryError) as problem:
+    except (UserError, OSError, torch.OutOfMemoryError) as problem:
         print(f"no samples at step {job.step}: {problem}; training goes on", file=sys.stderr)
     torch.set_float32_matmul_precision(precision)           # sampling sets it to full
 

@@ -39,7 +39,8 @@ def one_image_loss(model: Callable, y: Tensor | None, u: Tensor, schedule: OneIm
                    state: Callable) -> tuple[Tensor, list]:
     """Mean squared error of d X / dt, each example at one scale, as schedule.loss returns it.
 
-    u (B,) is uniform; state(i, rows, u) gives X, d X / dt and the time (B_i,) of some rows at scale i, for their u.
+    u (B,) in [0, 1] says where in its window each row trains; state(i, rows, u) gives X, d X / dt and the time (B_i,)
+    of some rows at scale i, for their u.
     """
     stage = schedule.stage_of_rows(rng)                                             # (B,)
     total, errors = 0.0, [(u[:0], u[:0])] * (stage.max() + 1)

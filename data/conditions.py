@@ -4,7 +4,6 @@ A condition is a small module with an embedding (forward), a null (for label dro
 samples (draw), and captions (describe). A network takes any module with these four; nothing else knows what y is.
 """
 
-import operator
 from collections.abc import Callable
 
 import numpy as np
@@ -123,9 +122,9 @@ def read_vectors(dim: int, vectors: np.ndarray | Tensor | str) -> Tensor:
 def find_label(classes: list[str], text: str | int) -> int:
     """The number of a class, by name or number; texts of classes named by numbers are names. Raises UserError."""
     if not isinstance(text, str):
-        if not 0 <= text < len(classes):
+        if text not in range(len(classes)):
             raise UserError(f"there is no class number {text}: this run has 0 to {len(classes) - 1}")
-        return operator.index(text)
+        return int(text)
     if text in classes:
         return classes.index(text)
     names_are_numbers = any(name.isdecimal() for name in classes)

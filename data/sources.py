@@ -32,7 +32,7 @@ from config import UserError, first_line
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")     # PIL knows many more: it hands PostScript to Ghostscript
 LARGEST = 2**30                                             # bytes of an image in an archive, unpacked
-SPLITS = {"train", "training", "val", "valid", "validation", "test"}
+SPLITS = dict(train="train", training="train", val="val", valid="val", validation="val", test="test")      # by name
 
 WHERE = {                                                   # printed when no images are found
     "celebahq": """get CelebA-HQ from github.com/switchablenorms/CelebAMask-HQ (a zip), or the hub (--data
@@ -135,12 +135,13 @@ def arrange(where: str, files: list[str], split: str, strip: bool, size: Callabl
     parts = {name: p for name, p in parts.items() if not any(part.startswith((".", "__MACOSX")) for part in p)}
     faces = {name: p for name, p in parts.items() if "CelebA-HQ-img" in p}
     parts = faces or parts                                  # CelebAMask-HQ comes with a mask for every part of a face
-    while strip and len({p[0] for p in parts.values()}) == 1 and all(len(p) > 1 for p in parts.values()):
+    while (strip and len({p[0] for p in parts.values()}) == 1
+           and all(len(p) > 1 and p[0] not in SPLITS for p in parts.values())):
         parts = {name: p[1:] for name, p in parts.items()}
     tops = {p[0] for p in parts.values()}
-    splits = tops if tops <= SPLITS else set()
+    splits = tops if tops <= SPLITS.keys() else set()
     if splits:
-        parts = {name: p[1:] for name, p in parts.items() if p[0] == split}
+        parts = {name: p[1:] for name, p in parts.items() if SPLITS[p[0]] == SPLITS.get(split)}
     if splits and not parts:
         raise UserError(f"{where} has the splits {', '.join(sorted(splits))}, but no {split!r}")
     if not parts:
@@ -179,7 +180,7 @@ def _folder(path: Path, split: str) -> Source:
         return os.path.getsize(path / name) if os.path.exists(path / name) else -1
 
     source = arrange(str(path), files, split, False, size, lambda name: path / name)
-    vectors = path / (split if source.splits else "") / "vectors.npy"
+    vectors = path / (PurePosixPath(source.names[0]).parts[0] if source.splits else "") / "vectors.npy"
     source.load_vectors = lambda: read_vectors(vectors, len(source))
     return source
 
@@ -244,7 +245,11 @@ def parquet_files(path: Path, split: str) -> tuple[list[Path], set[str]]:
         return [path], set()
     files = sorted(path.glob("**/*.parquet"), key=natural)
     words = {file: set(re.split(r"[-_./\\]", str(file.relative_to(path)))) for file in files}
-    return [file for file in files if split in words[file]] or files, SPLITS & set().union(*words.values())
+    chosen = [file for file in files if SPLITS.get(split, split) in (SPLITS.get(word, word) for word in words[file])]
+    splits = SPLITS.keys() & set().union(*words.values())
+    if splits and not chosen:
+        raise UserError(f"{path} has the splits {', '.join(sorted(splits))}, but no {split!r}")
+    return chosen or files, splits
 
 
 def read_vectors(file: Path, count: int) -> np.ndarray:

@@ -130,7 +130,7 @@ def step3(path: Path) -> None:
         middle = top + (begin + end) * cell / 2 - 1
         say(axis, left - 16, middle, name, color=color if color != CONDITION else QUIET, ha="right", size=SMALL)
     say(axis, left + total * cell / 2, 44, "keys", size=SMALL, color=QUIET)
-    say(axis, left - 16, top - 7, "queries", size=SMALL, color=QUIET, ha="right")
+    say(axis, left - 16, 44, "queries", size=SMALL, color=QUIET, ha="right")
     say(axis, 22, 20, "who reads whom: a row reads the filled columns", size=TITLE, ha="left")
     calls(axis, 414, sizes, kinds, reads)
     say(axis, 414, 342, f"{reads.sum()} pairs of query and key are computed; without the mask there are {total**2}.",

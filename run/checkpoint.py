@@ -59,7 +59,7 @@ def write_config(run: Path, config: dict, finished: bool) -> None:
 
 
 def save(run: Path, state: dict, keep: int = 2, keep_every: int = 0) -> Path:
-    """Writes RUN/step-N.pt atomically, then removes all but the newest `keep` and the multiples of `keep_every`."""
+    """Writes RUN/step-N.pt atomically; removes all but it, the newest `keep` - 1 others, multiples of `keep_every`."""
     target = path(run, state["step"])
     temporary = target.with_suffix(".tmp")
     try:
@@ -71,7 +71,7 @@ def save(run: Path, state: dict, keep: int = 2, keep_every: int = 0) -> Path:
     except (OSError, RuntimeError) as problem:              # torch reports a full disk as a RuntimeError
         temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write the checkpoint {target}: {problem}; the previous one is intact") from None
-    for old in steps(run)[keep:]:
+    for old in [file for file in steps(run) if file != target][keep - 1 :]:         # a damaged one may be newer
         if not keep_every or int(old.stem[5:]) % keep_every:
             old.unlink()
     return target

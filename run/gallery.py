@@ -9,6 +9,7 @@ tensor or array of labels (N,) or vectors (N, dim), or None.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -118,9 +119,11 @@ def folder_of(run: Run, args: argparse.Namespace) -> Path:
 
 def job_of(run: Run, args: argparse.Namespace, settings: dict) -> dict:
     """Everything that decides what a command of sample.py draws."""
+    file = Path(args.vectors or "")
+    digest = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
     return {"run": str(run.folder), "step": run.step, "weights": run.weights, "fingerprint": run.fingerprint,
-            "num": args.num, "seed": args.seed, "batch": args.batch, "labels": args.labels, "vectors": args.vectors,
-            **noise_scale(run), **settings}
+            "num": args.num, "seed": args.seed, "batch": args.batch, "labels": args.labels,
+            "vectors": args.vectors and [args.vectors, digest], **noise_scale(run), **settings}
 
 
 def noise_scale(run: Run) -> dict:

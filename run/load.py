@@ -44,6 +44,7 @@ def build_model(cfg: Config, facts: dict, examples: Tensor | None = None,
     """The network of a configuration, freshly initialised on the device ("meta": shapes without numbers).
 
     facts: of its data, see data.batches.facts; examples: of its vectors, when it is conditioned on such."""
+    baselines.SYSTEMS[cfg.method].schedule(cfg)             # refuses a path or a pyramid that this code does not have
     with within_memory(device), torch.device(device):       # a billion weights: 38 s on one thread of a CPU
         model = baselines.SYSTEMS[cfg.method].network(cfg, facts["channels"], condition_of(facts, examples),
                                                       facts["side"])
@@ -135,8 +136,10 @@ class Run:
         Raises UserError for what the run does not have: classes, vectors, guidance, a coarse band of its own."""
         import sample  # upwards, here alone (tests/test_house.py)
 
+        if batch < 1 or not 0 <= seed < 2**63:
+            raise UserError(f"batch must be at least 1, and seed at least 0 and below 2^63; not {batch} and {seed}")
         y = conditions.choose(self.condition, num, labels, vectors)
-        num = num or 40 if y is None else len(y)
+        num = (num or 40) if y is None else len(y)
         solver = "heun" if steps and self.cfg.solver == "dopri5" else None
         settings = solver_settings(self.cfg, argparse.Namespace(cfg=cfg_scale, steps=steps, solver=solver))
         if preview:
@@ -161,9 +164,7 @@ def load_run(name: str | None = None, raw: bool = False, device: str | None = No
     if cfg.space == "latent" and not cfg.latents:           # an export does not name it
         cfg = dataclasses.replace(cfg, latents=cache_folder(cfg.dataset, cfg.res, cfg.vae, "train"))
     model = restore_model(cfg, facts, state[WEIGHTS[weights]], folder, best_device(device))
-    run = Run(cfg, model.eval().requires_grad_(False), facts, folder, state["step"], weights)
-    _ = run.schedule                                        # refuses a path or a pyramid that this code does not have
-    return run
+    return Run(cfg, model.eval().requires_grad_(False), facts, folder, state["step"], weights)
 
 
 def read_state(name: str | None, raw: bool = False) -> tuple[Path, dict, str]:

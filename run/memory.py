@@ -108,17 +108,19 @@ def free_memory(device: torch.device) -> float:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
 
 
-def fit_micro_batch(model: torch.nn.Module, cfg: Config, share: int, free: float, world: int = 1) -> int:
-    """The largest divisor of a process's share of the batch whose images fit into `free` bytes; 1 at least."""
-    divisors = [size for size in range(share, 0, -1) if share % size == 0]
-    return next((size for size in divisors if memory_bytes(model, cfg, size, world) < 0.9 * free), 1)
+def fit_micro_batch(model: torch.nn.Module, cfg: Config, share: int, free: float, world: int = 1,
+                    least: int = 1) -> int:
+    """The largest divisor of a process's share of the batch whose images fit into `free` bytes; `least` at least."""
+    divisors = [size for size in range(share, least - 1, -1) if share % size == 0] or [share]
+    return next((size for size in divisors if memory_bytes(model, cfg, size, world) < 0.9 * free), divisors[-1])
 
 
 def split_batch(model: torch.nn.Module, cfg: Config, ranks: Ranks) -> list[slice]:
     """This process's rows of every batch, in parts of --micro-batch images or of as many as fit."""
     free, there = ranks.least(free_memory(ranks.device)), 4 * parameters(model)    # the weights are there already
-    size = cfg.micro_batch or fit_micro_batch(model, cfg, cfg.batch // ranks.world, free + there, ranks.world)
-    return ranks.rows(cfg.batch, size, least=cfg.num_scales if cfg.stages == "stratified" else 1)
+    least, share = cfg.num_scales if cfg.stages == "stratified" else 1, cfg.batch // ranks.world
+    size = cfg.micro_batch or fit_micro_batch(model, cfg, share, free + there, ranks.world, least)
+    return ranks.rows(cfg.batch, size, least)
 
 
 def explained(model: torch.nn.Module, cfg: Config, parts: list[slice], ranks: Ranks) -> AbstractContextManager:
@@ -173,6 +175,8 @@ def quick_facts(cfg: Config) -> dict:
     if cfg.data and cfg.dataset != "fashion":
         source = sources.open_source(cfg.dataset, cfg.data)
         facts |= {"classes": source.classes, "count": len(source)}
+        if cfg.condition == "vectors":
+            facts |= {"classes": [], "vectors": [min(256, len(source)), source.vectors().shape[1]]}
     return facts
 
 

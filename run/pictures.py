@@ -1,6 +1,5 @@
 """Pictures: one style for all, grids of small images, the loss curves. matplotlib is loaded when one is drawn."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -9,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from data.batches import ImageRandom, to_uint8
+from run import checkpoint
 
 INK, QUIET, FAINT = "#222222", "#6b6b6b", "#e4e4e4"         # text, small print, empty places
 COARSE, MIDDLE, FINE = "#0072b2", "#009e73", "#d55e00"      # the bands, in every picture: colours that the colour-blind
@@ -158,7 +158,7 @@ def draw_trajectory(path: Path, run: object, states: list, columns: int = 9) -> 
 
 def draw_loss(out: Path, path: Path | None = None) -> None:
     """The loss of every band, from OUT/metrics.jsonl: OUT/loss.png, or another path."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = checkpoint.read_lines([out / "metrics.jsonl"])
     bands, curves = len(lines[0]["loss_bands"]) if lines else 0, []
     for i in range(bands):
         points = [(line["step"], line["loss_bands"][i]) for line in lines if line["loss_bands"][i] is not None]

@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 import config
@@ -271,6 +272,8 @@ def table(runs_of: dict, paper_fid: dict, times: dict) -> str:
     """Markdown, a row for each name; by name: the lines of its runs, the paper's FID or None, and seconds per image."""
     lines = sum(runs_of.values(), [])
     columns = {key: value for key, value in COLUMNS.items() if all(key in line for line in lines)}
+    if "frechet" in columns:
+        del columns["frechet_pixel"]                        # it judges digits alone
     with_paper = any(paper_fid.values())
     head = ["", *(title for title, _ in columns.values()), "s / image", "GFLOPs / image", "parameters, M", "steps",
             *["paper: FID"] * with_paper]
@@ -317,15 +320,21 @@ def draw_curves(path: Path, runs_of: dict, lines: list[dict]) -> None:
 
 
 def draw_samples(path: Path, planned: list[tuple[str, Config]], device: str | None) -> None:
-    """One row for each system, seed 0: the same conditions, one column each."""
-    rows, names, titles = [], [], []
+    """A row for each system, seed 0, of ten classes spread over all; then a row of real images of these classes."""
+    rows, names, labels, titles = [], [], None, []
     for name, cfg in planned:
         if cfg.seed == 0 and any(Path(cfg.out).glob("step-*.pt")):
             run = loaded(cfg, device)
-            images, y, _ = train.draw(run, 10, progress=False)
-            rows.append(list(images))
+            if run.classes:
+                labels = np.linspace(0, len(run.classes) - 1, 10).round().astype(int).tolist()
+                titles = [run.classes[label] for label in labels]
+            rows.append(list(run.sample(10, labels=labels)))
             names.append(name.replace(", ", ",\n"))
-            titles = [] if y is None else run.condition.describe(y)
+    if labels:
+        dataset = batches.load(run.cfg)
+        real = dataset.held_out() if dataset.held_out else dataset
+        rows.append([run.decode(real.plain(np.flatnonzero(real.labels == label)[:1]))[0] for label in labels])
+        names.append("real")
     if rows:
         pictures.draw_images(path, rows, [], titles, names)
 
@@ -379,6 +388,8 @@ def main() -> None:
         raise UserError("--seeds, --steps and --jobs must be at least 1")
     if args.dataset == "folder" and not args.data:
         raise UserError("--dataset folder needs --data DIR")
+    if args.only and args.ablation:
+        raise UserError("--only chooses among the systems: leave it out with --ablation")
     if args.only and (args.only[0] != "LapFlow" or not set(args.only) <= set(systems(args))):
         raise UserError(f"--only takes LapFlow, whose FLOPs all get, then some of {list(systems(args))[1:]}")
     args.record = Path(args.record or Path(args.out) / "results.jsonl")

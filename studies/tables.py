@@ -137,6 +137,7 @@ TABLES = {"garments": garments, "presets": plan.presets, "speed": speed, "gpu": 
           "crops": partial(systems, "crops", compare.FOLDER_32), "ablations": partial(ablations, "ablations", "digits"),
           "fashion_ablations": partial(ablations, "fashion", "fashion"),
           "fashion_steps": partial(systems, "fashion", {name: given for name, (given, _) in compare.STEPS.items()}),
+          "fashion_guidance": partial(systems, "fashion", {name: row[0] for name, row in compare.GUIDANCE.items()}),
           "quality": partial(systems, "quality", compare.IMAGES), "variety": lambda: variety.table(lines("variety"))}
 
 

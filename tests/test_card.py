@@ -101,6 +101,10 @@ def test_labels_in_any_order_and_in_turn(tmp_path):
     for i, label in enumerate((3, 3, 0, 9)):
         assert np.array_equal(mixed[i], run.sample(labels=[label] * 4)[i])
     assert np.array_equal(run.sample(4, labels=["3", "0"]), run.sample(labels=[3, 0, 3, 0]))
+    for wrong, text in ((dict(batch=0), "batch must be at least 1"), (dict(seed=-1), "seed at least 0"),
+                        (dict(labels=[1.5]), "there is no class number 1.5: this run has 0 to 9")):
+        with pytest.raises(UserError, match=text):
+            run.sample(**{"num": 2, **wrong})
 
 
 def test_vectors_and_no_condition(monkeypatch, tmp_path):

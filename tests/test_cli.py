@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from itertools import product
 
@@ -233,3 +234,13 @@ def test_ctrl_c_is_not_a_traceback():
 
     with pytest.raises(SystemExit, match="^stopped$"):
         config.run(main)
+
+
+def test_a_reader_that_leaves_early_is_not_a_traceback():
+    """python -m studies.plan | head -1"""
+    script = "import config\ndef main():\n    for _ in range(10**6): print('x' * 100)\nconfig.run(main)"
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", script], stdout=pipe, stderr=pipe, cwd=ROOT) as it:
+        assert it.stdout.readline() == b"x" * 100 + b"\n"
+        it.stdout.close()
+        assert it.stderr.read() == b"" and it.wait() == 1

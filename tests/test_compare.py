@@ -16,8 +16,11 @@ import torch
 from PIL import Image
 
 import config
+import train
 from config import Config, UserError
+from conftest import tiny
 from data import fashion
+from data.batches import digits
 from run import checkpoint, load, memory, paper
 from run.paper import PRESETS
 from studies import compare, tables
@@ -188,6 +191,25 @@ def test_rows_that_share_a_training_follow_each_other_and_nothing_begins_after_a
     assert began[0] == shared and len(set(began)) == len(began) <= 3 and judging == [()]    # one may just have begun
 
 
+def test_samples_of_the_systems_stand_over_real_images_of_their_classes(tmp_path, monkeypatch):
+    cfg, drawn = tiny(tmp_path, steps=1), []
+    train.train(cfg, device="cpu")
+    monkeypatch.setattr(compare.pictures, "draw_images", lambda *given: drawn.append(given))
+    planned = [("LapFlow, small", cfg), ("LFM", dataclasses.replace(cfg, out="nowhere"))]
+    compare.draw_samples(tmp_path / "x.png", planned, "cpu")
+    ((_, (ours, real), _, titles, names),) = drawn
+    assert titles == list("0123456789") and names == ["LapFlow,\nsmall", "real"]
+    assert np.array_equal(np.stack(ours), load.load_run(cfg.out, device="cpu").sample(10))
+    for label, image in enumerate(real):
+        first = digits().pixels[digits().labels == label][0]
+        assert np.array_equal(image[..., 0], first[0])
+
+
+def test_systems_are_not_chosen_in_an_ablation(give_up):
+    error = give_up("studies.compare", "--ablation", "mask", "--only", "LapFlow")
+    assert error == "error: --only chooses among the systems: leave it out with --ablation"
+
+
 def test_all_systems_are_there():
     methods = {settings.get("method") for settings in compare.SYSTEMS.values()} - {None}
     assert methods <= set(config.METHODS) and methods >= {
@@ -234,7 +256,7 @@ def test_tables_have_mean_and_spread_over_seeds():
     assert "; 2 training seeds, mean" in text
     assert "paper" not in compare.table({"A": [line(0, 0.1)]}, {"A": None}, {})
     judged = compare.table({"A": [line(0, 0.1, frechet=0.8)]}, {}, {})
-    assert "| FD, pixels | FD, classifier |" in judged and "| A | 0.100 | 0.80 |" in judged
+    assert "|  | FD, classifier | precision |" in judged and "| A | 0.80 | 0.500 |" in judged
     with pytest.raises(UserError, match="cannot share a table"):
         compare.table({"A": [line(0, 0.1), line(1, 0.1, training_flops=2e12)]}, {}, {})
 
@@ -385,7 +407,7 @@ def test_what_the_tables_add_to_the_lines(monkeypatch):
 
 def test_errors(give_up):
     assert "at least 1" in give_up("studies.compare", "--seeds", "0")
-    assert "is one of mask, experts, path, scales, starts, steps, not noise" in give_up(
+    assert "is one of mask, experts, path, scales, starts, steps, guidance, not noise" in give_up(
         "studies.compare", "--dataset", "fashion", "--ablation", "noise")
 
 

@@ -5,6 +5,7 @@ import gzip
 import io
 import itertools
 import struct
+import zipfile
 
 import numpy as np
 import pytest
@@ -79,6 +80,26 @@ def test_the_name_of_a_folder_is_no_split_of_its_parquet_files(tmp_path):
         file.touch()
     assert sources.parquet_files(tmp_path / "cats-train-test", "train") == (names[1:], {"train", "test"})
     assert sources.parquet_files(tmp_path / "my-test-set", "train")[1] == set()
+
+
+def test_parquet_files_of_a_split_by_any_of_its_names(tmp_path):
+    def files(names, split):
+        folder = tmp_path / "-".join(names)
+        folder.mkdir(exist_ok=True)
+        for name in names:
+            (folder / f"{name}-0.parquet").touch()
+        chosen, splits = sources.parquet_files(folder, split)
+        return [file.name for file in chosen], splits
+
+    for name in ("train", "training"):
+        assert files([name, "test"], "train") == ([f"{name}-0.parquet"], {name, "test"})
+        assert files([name, "test"], "test")[0] == ["test-0.parquet"]               # none is in both
+    for name in ("val", "valid", "validation"):
+        assert all(files(["train", name], split)[0] == [f"{name}-0.parquet"] for split in ("val", "validation"))
+        with pytest.raises(UserError, match=f"has the splits train, {name}, but no 'test'"):
+            files(["train", name], "test")
+    assert files(["a", "b"], "test") == (["a-0.parquet", "b-0.parquet"], set())
+    assert files(["train", "more"], "more")[0] == ["more-0.parquet"]
 
 
 def test_an_image_is_mirrored_anew_at_each_step(tmp_path):
@@ -342,6 +363,26 @@ def test_the_split_test_of_a_folder_is_held_out_and_read_when_asked_for(tmp_path
     again = batches.load(cfg)                                                       # and here it was not
     with pytest.raises(UserError, match=r"test/a/0\.png"):
         again.test(100)
+
+
+def test_the_only_split_of_a_zip_is_no_top_directory(tmp_path):
+    save(tmp_path / "x.png")
+    for top in ("train", "training", "cats/train"):
+        with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+            for name in ("x", "y"):
+                archive.write(tmp_path / "x.png", f"{top}/{name}/1.png")
+        source = sources.open_source("folder", str(tmp_path / "x.zip"))
+        assert source.classes == ["x", "y"] and len(source) == 2
+        with pytest.raises(UserError, match="has the splits train.*, but no 'test'"):
+            sources.open_source("folder", str(tmp_path / "x.zip"), "test")
+
+
+def test_a_split_of_a_folder_has_any_of_its_names(tmp_path):
+    for split in ("training", "validation"):
+        save(tmp_path / split / "x.png")
+        np.save(tmp_path / split / "vectors.npy", np.full((1, 2), len(split)))
+    assert sources.open_source("folder", str(tmp_path)).vectors().tolist() == [[8, 8]]
+    assert sources.open_source("folder", str(tmp_path), "val").vectors().tolist() == [[10, 10]]
 
 
 def test_other_splits_are_not_held_out(tmp_path, capsys):

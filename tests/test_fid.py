@@ -1,5 +1,6 @@
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from conftest import read_samples, tiny
 from data.batches import Images, digits, to_images
 from data.conditions import Labels, Vectors
 from fid import frechet_distance, precision, recall
-from run import gallery
+from run import gallery, load
 from run.ranks import Ranks
 from scores import features
 from scores.classes import class_scores, class_variance
@@ -195,6 +196,34 @@ def test_training_images_are_read_once():
     assert [len(fid.originals(large, count, to_images)) for count in (2000, 60_300)] == [60_000, 60_300]
     large.originals, large.latent = None, {"sha256": ""}
     assert len(fid.originals(large, 2000, to_images)) == 2000
+
+
+def test_a_rare_class_is_compared_with_all_its_images_and_none_are_floats_together():
+    """Two images in a thousand show it: not by chance none among the two thousand that are read."""
+    pixels, labels = rng.integers(0, 256, (6000, 1, 8, 8)).astype(np.uint8), np.zeros(6000, int)
+    labels[100:112], labels[200:203] = 1, 2
+    dataset, seen = Images(pixels, labels, ["a", "b", "c"]), []
+    plain, fake = dataset.plain, pixels[:40].transpose(0, 2, 3, 1)
+    dataset.plain = lambda index: seen.append(len(index)) or plain(index)
+    assert fid.evaluate(dataset, fake, np.ones(40, int), to_images)["n_reference"] == 12
+    assert fid.evaluate(dataset, fake, np.arange(40) % 2, to_images)["n_reference"] == 2000
+    assert max(seen) == 256
+    with pytest.raises(UserError, match="^the data show 3 images of these classes: scores need at least 5$"):
+        fid.evaluate(dataset, fake, np.full(40, 2), to_images)
+
+
+def test_the_scores_of_a_model_from_the_hub_are_written_here(tmp_path, monkeypatch, program, give_up):
+    cfg = tiny(tmp_path, steps=1)
+    train.train(cfg, device="cpu")
+    monkeypatch.chdir(tmp_path)
+    run = load.load_run(cfg.out, device="cpu")
+    monkeypatch.setattr(fid.load, "load_run", lambda *given: run)
+    program("fid.py", "OWNER/NAME", "--num", "10", "--solver", "euler", "--steps", "2")
+    assert (tmp_path / "scores.json").exists() and not (Path(cfg.out) / "scores.json").exists()
+    (tmp_path / "scores.json").unlink()
+    (tmp_path / "scores.json").mkdir()
+    error = give_up("fid.py", "OWNER/NAME", "--num", "10", "--solver", "euler", "--steps", "2")
+    assert error.startswith("error: the scores cannot be written to .: ")
 
 
 def test_the_variance_inside_small_classes_is_not_smaller():

@@ -368,3 +368,9 @@ def test_cuda_bfloat16_agrees_with_float32_on_the_cpu(mask):
         ours = model.cuda()([b.cuda() for b in bands], TIMES.cuda(), LABELS.cuda())
     for a, b in zip(ours, expected, strict=True):
         assert (a.float().cpu() - b).norm() / b.norm() < 2e-2
+
+
+@pytest.mark.parametrize("option", [dict(block="Modern"), dict(mask="Causal"), dict(experts="all")])
+def test_misspelt_options_are_refused(option):
+    with pytest.raises(UserError, match=f"^unknown {next(iter(option))} .*; choose one of "):
+        MoTDiT((32, 1, 2, 2), 1, 8, 2, **option)

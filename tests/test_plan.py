@@ -5,17 +5,21 @@ import math
 import sys
 from statistics import mean
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import config
 from config import Config, UserError
 from conftest import random_model
+from data import batches
 from model import MoTDiT
 from run import load, memory, paper
 from run.paper import PRESETS
+from run.ranks import Ranks
 from schedule import Schedule
 from studies import plan
 
@@ -185,6 +189,20 @@ def test_what_a_dry_run_prints():
     assert "preset     digits\n" in text and "parameters 2.1 M\n" in text and "10 classes" in text
 
 
+def test_a_dry_run_knows_the_vectors_of_a_folder(tmp_path):
+    for i, name in enumerate("abc"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (16, 16), (i, 0, 0)).save(tmp_path / name / "x.png")
+    np.save(tmp_path / "vectors.npy", np.eye(3, 5))
+    cfg = paper.resolve({"dataset": "folder", "data": str(tmp_path), "res": 16, "condition": "vectors",
+                         "size": "32,2,2,2"})
+    facts = batches.facts(batches.load(cfg))
+    assert memory.quick_facts(cfg).items() <= facts.items() and facts["vectors"] == [3, 5]
+    assert "vectors of 5 numbers" in memory.describe(cfg)
+    labels = memory.quick_facts(dataclasses.replace(cfg, condition="labels"))
+    assert labels["classes"] == ["a", "b", "c"] and labels["vectors"] is None
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # presets
 
@@ -308,6 +326,19 @@ def test_micro_batches_fit_the_memory():
     assert memory.fit_micro_batch(model, cfg, 32, need) == 16 and memory.fit_micro_batch(model, cfg, 32, 1) == 1
     assert memory.fit_micro_batch(model, cfg, 18, memory.memory_bytes(model, cfg, 16) / 0.9 + 1) == 9
     assert memory.free_memory(torch.device("cpu")) == math.inf
+
+
+def test_without_room_stratified_stages_keep_the_images_they_need(monkeypatch):
+    monkeypatch.setattr(memory, "free_memory", lambda device: 0.0)
+    cfg, ranks = paper.resolve({"dataset": "folder", "data": "x"}), Ranks(0, 1, torch.device("cpu"))
+    assert (cfg.stages, cfg.num_scales, cfg.batch) == ("stratified", 3, 32)
+    model = memory.meta_model(cfg, memory.paper_facts(cfg))
+    parts = memory.split_batch(model, cfg, ranks)
+    assert parts == [slice(row, row + 4) for row in range(0, 32, 4)]            # of 1, 2, 4, ... the first from 3 up
+    with (pytest.raises(UserError, match="4 images at a time.*no smaller micro-batch is possible: add --recompute"),
+          memory.explained(model, cfg, parts, ranks)):
+        raise torch.OutOfMemoryError("out of memory")
+    assert memory.fit_micro_batch(model, cfg, 2, 0.0, least=3) == 2             # too small a share: `rows` says so
 
 
 def test_training_flops_are_three_forwards():

@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -5,6 +7,7 @@ import torch
 from baselines import lapflow
 from config import Config, UserError
 from conftest import ROOT, random_model
+from data import fashion
 from data.batches import ImageRandom, digits
 from data.conditions import Labels
 from pyramid import decompose, reconstruct
@@ -97,6 +100,26 @@ def test_the_mask_costs_what_the_results_say(data, start):
     recorded = [row for row in checkpoint.read_lines([ROOT / "results" / "mask_cost.jsonl"]) if row["data"] == data]
     assert [row["causal"] for row in recorded] == [True, False]
     assert (flow @ flow.T - target).norm() / target.norm() == pytest.approx(recorded[0]["errors"][start], rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not fashion.DEBIAN.exists(), reason="needs dataset-fashion-mnist of Debian")
+def test_the_mask_costs_the_variety_of_garments_what_the_results_say(monkeypatch):
+    """docs/results.md, Where variety is lost: for Gaussians with the mean covariance inside a class, 32 x 32."""
+    monkeypatch.setattr(sys.modules[__name__], "SIDE", 32)
+    pixels, labels, _ = fashion.read("")
+    x, labels = torch.from_numpy(pixels.reshape(-1, SIDE**2) / 127.5), torch.from_numpy(labels)
+    covariance = sum(x[labels == label].T.cov() for label in range(10)) / 10
+    costs = []
+    for starts in ((0.0, 0.5, 0.8), (0.0, 0.2, 0.4)):
+        bands, _ = flow_matrix(Schedule(starts), "causal", covariance, rtol=1e-4, atol=1e-4)
+        coarse, *kept = [(band**2).sum() / (p @ covariance @ p.T).trace()
+                         for band, p in zip(bands, pyramid_matrices(3), strict=True)]
+        assert coarse == pytest.approx(1, abs=0.002)
+        costs.append(100 * (1 - sum(kept).item() / 2))
+    text = " ".join((ROOT / "docs" / "results.md").read_text().split())
+    said = "it costs {:.0f}% of the variance of these bands, and {:.0f}% with starts at 0.2 and 0.4"
+    assert said.format(*costs) in text
 
 
 @pytest.mark.parametrize("solver, order", [("euler", 1), ("midpoint", 2), ("heun", 2), ("rk2", 2), ("rk4", 4)])

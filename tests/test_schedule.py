@@ -264,3 +264,10 @@ def test_stratified_and_batch_stages_have_the_same_expected_gradient():
     assert gap < 2 * (scatter["d"] / 45 + scatter["s"] / 15) ** 0.5            # within the scatter of the two means
     assert gap < 0.3 * strata.mean(0).norm().item()
     assert scatter["s"] < 0.5 * scatter["d"]
+
+
+@pytest.mark.parametrize("option", [dict(noise="Pyramid"), dict(times="Uniform"), dict(stages="Batch"),
+                                    dict(path="cubik"), dict(pyramid="Haar")])
+def test_misspelt_options_are_refused(option):
+    with pytest.raises(UserError, match=f"^unknown {next(iter(option))} .*; choose one of "):
+        Schedule(**option)

@@ -416,6 +416,16 @@ def test_keep(trained):
         f"step-0000000{step}.pt" for step in (6, 5, 4, 3)]  # the last three, and each third
 
 
+@pytest.mark.parametrize("keep, keep_every, left", [(1, 20, [40, 21, 20]), (1, 0, [21]), (2, 0, [40, 21])])
+def test_the_checkpoint_just_written_stays(tmp_path, keep, keep_every, left):
+    """Also where a damaged one has a higher number."""
+    for step in (10, 20, 40):
+        checkpoint.save(tmp_path, {"step": step}, keep=3)
+    checkpoint.path(tmp_path, 40).write_bytes(b"damaged")
+    checkpoint.save(tmp_path, {"step": 21}, keep, keep_every)
+    assert [int(file.stem[5:]) for file in checkpoint.steps(tmp_path)] == left
+
+
 @setting("out")
 def test_out(trained):
     run = trained()
@@ -652,6 +662,14 @@ def test_logger(tmp_path, monkeypatch):
         assert (("loss", metrics(run.cfg.out)[0]["loss"], 1) in numbers) == bool(logger)
 
 
+def test_a_line_of_metrics_that_is_being_written_is_not_drawn(tmp_path, monkeypatch):
+    line, curves = json.dumps({"step": 5, "loss_bands": [1.0]}), []
+    (tmp_path / "metrics.jsonl").write_text(f"{line}\n{line[:9]}")
+    monkeypatch.setattr(pictures, "plot", lambda path, given, *_, **__: curves.extend(given))
+    pictures.draw_loss(tmp_path)
+    assert [curve[:2] for curve in curves] == [((5,), (1.0,))]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # sampling, watched
 
@@ -870,6 +888,15 @@ def test_vectors(draw, tmp_path):
     assert all(torch.equal(p.y, examples.run.condition.examples[:4]) for p in examples.passes)
     guided = draw("vectors", "--cfg", "2")
     assert all(p.y[4:].isnan().all() and not p.y[:4].isnan().any() for p in guided.passes)
+
+
+def test_vectors_that_were_written_anew_are_not_mixed_in(draw, tmp_path):
+    flags = ("--vectors", str(tmp_path / "v.npy"), "--format", "shards", "--out", str(tmp_path / "out"))
+    np.save(tmp_path / "v.npy", np.ones((1, 3)))
+    assert draw("vectors", *flags).passes and not draw("vectors", *flags).passes
+    np.save(tmp_path / "v.npy", np.zeros((1, 3)))
+    with pytest.raises(UserError, match="holds other samples"):
+        draw("vectors", *flags)
 
 
 def test_guidance(draw, folders):

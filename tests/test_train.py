@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -534,13 +535,23 @@ def test_a_folder_that_changed_is_not_continued(tmp_path):
 # while it trains
 
 
-def test_samples_that_fail_during_training_do_not_end_it(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("setting", ["path", "pyramid"])
+def test_a_misspelt_option_deletes_no_run(tmp_path, setting):
+    cfg = tiny(tmp_path, steps=1)
+    train.train(cfg, device="cpu")
+    with pytest.raises(UserError, match="unknown"):
+        train.train(replace(cfg, **{setting: "cubik"}, stages="batch"), fresh=True, device="cpu")
+    assert (Path(cfg.out) / "step-00000001.pt").exists()
+
+
+@pytest.mark.parametrize("problem", [UserError, OSError])
+def test_samples_that_fail_during_training_do_not_end_it(tmp_path, monkeypatch, capsys, problem):
     generate, calls = sample.generate, []
 
     def fail_first(*arguments, **settings):
         calls.append(1)
         if len(calls) == 1:
-            raise UserError("dopri5 cannot meet the tolerance")
+            raise problem("dopri5 cannot meet the tolerance")
         return generate(*arguments, **settings)
 
     monkeypatch.setattr(sample, "generate", fail_first)
