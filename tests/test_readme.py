@@ -138,8 +138,12 @@ def test_what_the_pages_say_of_photographs_is_in_the_results():
     names = ("LapFlow", "LFM", "Pyramidal Flow", "LapFlow, 4 coarse tokens", "Pyramidal Flow, 16 coarse tokens")
     runs, _ = tables.of_one_length("crops", {name: compare.FOLDER_32[name] for name in names})
     ours, lfm, pyramidal, four, sixteen = means(runs, "frechet").values()
-    assert (f"LapFlow ({ours:.2f}) is ahead of LFM ({lfm:.2f}) for the first judge only, and level with Pyramidal Flow "
-            f"({pyramidal:.2f}); with 4 coarse tokens, not 16, it is behind ({four:.2f}).") in README
+    assert (f"LapFlow ({ours:.2f}) is ahead of LFM ({lfm:.2f}) and level with Pyramidal Flow ({pyramidal:.2f}) in the "
+            f"classifier's Frechet distance only; with 4 coarse tokens, not 16, {four:.2f}.") in README
+    kernel = {name: [errors_apart(runs, "LapFlow", name, key) for key in ("kid", "kid_efficientnet")]
+              for name in names[1:3]}
+    assert ("LapFlow is behind LFM by {:.1f} and {:.1f} and behind Pyramidal Flow by {:.1f} and {:.1f}".format(
+        *kernel["LFM"], *kernel["Pyramidal Flow"])) in RESULTS
     errors = {name: (errors_apart(runs, "LapFlow", name), errors_apart(runs, "LapFlow", name, "frechet_efficientnet"))
               for name in names[1:3]}
     assert (f"{-errors['LFM'][0]:.1f} standard errors ahead of LFM and level with Pyramidal Flow "
@@ -164,7 +168,7 @@ def test_what_the_pages_say_of_the_lengths_of_training_is_in_the_results():
         whole, "frechet_efficientnet").items()]
     assert "EfficientNet's from {}, {} and {}.".format(*judged) in RESULTS
     ends = [f"{end:.2f}" for end in means(whole, "frechet").values()]
-    assert "all three are level: {}, LFM {}, Pyramidal Flow {}.".format(*ends) in README
+    assert "all three are level: {}, LFM {}, Pyramidal Flow {}; with".format(*ends) in README
     (lfm, lfm_2), (pyramidal, pyramidal_2) = ([errors_apart(whole, "LapFlow", name, key) for key in (
         "frechet", "frechet_efficientnet")] for name in ("LFM", "Pyramidal Flow"))
     assert (f"{-lfm:.1f} standard errors closer than LFM and {pyramidal:.1f} behind Pyramidal Flow in the classifier's "
@@ -181,7 +185,7 @@ def test_what_the_pages_say_of_the_cost_of_sampling_is_in_the_results():
     (a, b, c), (d, e, f) = ([f"{name}, {steps} steps" for name in ("LapFlow", "LFM", "Pyramidal Flow")]
                             for steps in (12, 24))
     ms = {name: f"{1000 * value:.0f}" for name, value in seconds.items()}
-    assert (f"{distance[a]:.1f} in {ms[a]} ms an image, LFM {distance[b]:.1f} in {ms[b]}, Pyramidal Flow "
+    assert (f"24 calls: {distance[a]:.1f} in {ms[a]} ms an image, LFM {distance[b]:.1f} in {ms[b]}, Pyramidal Flow "
             f"{distance[c]:.1f} in {ms[c]}.") in README
     assert (f"{distance[a]:.1f} in {ms[a]} ms an image ({cost[a]} GFLOPs), Pyramidal Flow's {distance[c]:.1f} in "
             f"{ms[c]} ms ({cost[c]}), LFM's {distance[b]:.1f} in {ms[b]} ms ({cost[b]}); in 24 steps "
@@ -245,10 +249,46 @@ def test_the_standard_errors_between_systems_are_those_of_the_results():
     assert min(gains[2:]) > 2
     ahead, behind = (apart(others, key, scaled) for key in ("frechet", "frechet_efficientnet"))
     assert f"by {-ahead:.1f} standard errors in the classifier's FD and behind by {behind:.1f} in Eff" in text
-    best = [f"{statistics.mean([row['frechet'] for row in runs[name]]):.2f} and "
-            f"{statistics.mean([row['frechet_efficientnet'] for row in runs[name]]):.0f}"
-            for name in (scaled, others, cold)]
-    assert "{}, Pyramidal Flow {}, LFM {}.".format(*best) in README
+    kernel = [[apart(name, key) for key in ("kid", "kid_efficientnet")] for name in names[:2]]
+    assert (f"is level with LFM ({kernel[0][0]:.1f} standard errors behind) and {kernel[1][0]:.1f} behind Pyramidal "
+            f"Flow; in EfficientNet's it is {-kernel[0][1]:.1f} ahead and level ({kernel[1][1]:.1f} behind)") in text
+    assert f"in the classifier's kernel distance level and {kernel[1][0]:.1f} behind" in README
+    times = [runs["LapFlow"][0]["parameters"] / runs[name][0]["parameters"] for name in names[:2]]
+    assert f"It has {times[0]:.1f} times LFM's parameters; with as many it is behind ({shared:.2f})." in README
+    assert f"{times[0]:.1f} times the parameters of LFM and Pyramidal Flow" in text
+    assert times[1] == pytest.approx(times[0], rel=0.01) and max(kernel[0][0], abs(kernel[1][1])) < 2
+    assert shared > means(runs, "frechet")["LFM"] > means(runs, "frechet")["Pyramidal Flow"]
+
+
+def test_what_the_pages_say_of_guidance_is_in_the_results():
+    runs, _ = tables.of_one_length("fashion", {name: row[0] for name, row in compare.GUIDANCE.items()})
+    runs = {name: rows for name, rows in runs.items() if rows}
+    low, plain, high = (f"LapFlow, guidance {w}" for w in ("0.85", "1", "1.25"))
+    theirs, theirs_high = (f"Pyramidal Flow, guidance {w}" for w in ("1", "1.25"))
+    distance, judged, agree, recall = (means(runs, key) for key in (
+        "frechet", "frechet_efficientnet", "label_agreement", "recall"))
+    pairs = {name: f"{distance[name]:.2f} and {judged[name]:.0f}" for name in runs}
+    assert (f"with less noise {pairs[plain]}, Pyramidal Flow {pairs[theirs]}, with [guidance](docs/results.md#guidance"
+            f") too {pairs[high]}, {pairs[theirs_high]}.") in README
+    lost = 100 * (agree[plain] - agree[low])
+    assert f"costs LapFlow {lost:.1f} points of agreement and gains one of recall" in RESULTS
+    assert f"{100 * (recall[low] - recall[plain]):.0f}" == "1"
+    assert agree[theirs_high] > agree[plain] and recall[theirs_high] > recall[plain]
+    assert (f"Measured: {distance[high]:.2f}, {agree[high]:.3f}, {recall[high]:.3f}, and "
+            f"{distance[theirs_high] - distance[high]:.2f} ahead") in RESULTS
+    assert all(f"{4 * (1 - distance[b] / distance[a]):.0f}" == "1" for a, b in ((plain, high), (theirs, theirs_high)))
+    apart = [[errors_apart(runs, a, b, key) for a, b in ((plain, theirs), (high, theirs_high))] for key in (
+        "frechet", "kid", "frechet_efficientnet")]
+    said = ("FD (by {:.1f} and {:.1f} standard errors, without guidance and with 1.25) and in its KID ({:.1f} and "
+            "{:.1f}), and farther in EfficientNet's ({:.1f} and {:.1f} in FD)")
+    assert said.format(*(abs(x) for pair in apart for x in pair)) in RESULTS
+    assert max(apart[0] + apart[1]) < 0 < min(apart[2])
+    whole, gains = tables.lines("fashion"), []
+    for name, gain in (("LapFlow", plain), ("Pyramidal Flow", theirs)):
+        rows = [row["frechet"] for row in whole if row["settings"] == compare.IMAGES[name] and row["what"] == "run"
+                and f"{row['training_flops']:.1e}" == "5.1e+13" and row["config"]["seed"]]
+        gains.append(100 * (1 - distance[gain] / statistics.mean(rows)))
+    assert "LapFlow gains {:.0f}% and Pyramidal Flow {:.0f}%".format(*gains) in RESULTS
 
 
 def test_every_score_is_explained():
@@ -261,7 +301,7 @@ def test_the_estimates_for_24_gb():
     text = section("Recipes")
     for given, images, words in (
             (dict(dataset="imagenet", res=256, batch=32), 32, "{} GB for `--dataset imagenet --res 256 --batch 32`"),
-            (dict(dataset="celebahq", res=256), 0, "L/2 takes {} GB before the first image"),
+            (dict(dataset="imagenet", res=256, size="L/2"), 0, "L/2 takes {} GB before the first image"),
             (dict(dataset="imagenet", res=256, size="XL/2"), 0, "XL/2 {} GB")):
         cfg = paper.resolve(given)
         need = memory.memory_bytes(memory.meta_model(cfg, memory.paper_facts(cfg)), cfg, images) / 1e9
