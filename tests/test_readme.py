@@ -54,7 +54,7 @@ def test_the_readme_is_short_and_in_order():
 def test_the_first_listing_is_mini_py():
     assert blocks(README, "python")[0] == (ROOT / "mini.py").read_text()
     lines = sum(len((ROOT / name).read_text().splitlines()) for name in ("pyramid.py", "schedule.py", "model.py"))
-    (written,) = re.findall(r"`model.py`, (\d+) lines", README)
+    (written,) = re.findall(r"`model.py`: (\d+) lines", README)
     assert abs(lines - int(written)) < 50
 
 
