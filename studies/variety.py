@@ -5,7 +5,8 @@
 The first row of a run scores its images. In the row "real until T_j" the bands 0..j-1 of test images stand at T_j as
 training sees them, and the network goes on from there: what this row does better is lost before T_j, the rest after it.
 Runs of other systems have the first row only. Columns: Frechet distance and recall in the features of a classifier of
-these data, its agreement with the label, and the variance inside a class over the real one, of features and of bands.
+these data, its agreement with the label, and the variance inside a class over the real one, of features, bands and
+principal components of the pixels.
 """
 
 from collections.abc import Iterator
@@ -31,7 +32,9 @@ from scores.classifier import Classifier, load_classifier
 from studies.output import markdown, origin
 
 BANDS = 3                                                   # in which the variance is counted
-COLUMNS = {"frechet": 2, "label_agreement": 3, "recall": 3, "class_variance": 3, "band_variance": 3}
+COMPONENTS = (slice(8), slice(8, 64), slice(64, None))      # principal components of the pixels inside a class
+COLUMNS = {"frechet": 2, "label_agreement": 3, "recall": 3, "class_variance": 3, "band_variance": 3,
+           "component_variance": 2}
 
 
 def real_until(run: Run, j: int, x1: Tensor, y: Tensor, seed: int = 0, cfg_scale: float = 1.0,
@@ -53,7 +56,13 @@ def scores(real: tuple, images: np.ndarray, labels: np.ndarray, judge: Classifie
         torch.from_numpy(side).permute(0, 3, 1, 2).float(), BANDS)] for side in (images, real[0]))
     band_variance = [class_variance(a, real[1], b, labels)["class_variance"]
                      for a, b in zip(real_bands, bands, strict=True)]
-    judged = fid.judge(judge, *real, images, labels) | {"band_variance": band_variance}
+    pixels, real_pixels = (side.reshape(len(side), -1) / 255 for side in (images, real[0]))
+    within = np.concatenate([real_pixels[real[1] == c] - real_pixels[real[1] == c].mean(axis=0) for c in set(real[1])])
+    axes = np.linalg.eigh(within.T @ within)[1][:, ::-1]                            # (D, D), the widest first
+    components = [class_variance(real_pixels @ axes[:, part], real[1], pixels @ axes[:, part], labels).get(
+        "class_variance", np.nan) for part in COMPONENTS]   # of 64 pixels there are no others
+    judged = fid.judge(judge, *real, images, labels) | {
+        "band_variance": band_variance, "component_variance": components}
     return {name: judged[name] for name in COLUMNS}
 
 
@@ -86,7 +95,8 @@ def table(lines: list[dict]) -> str:
         cells = [", ".join(f"{x:.{places}f}" for x in np.atleast_1d(line[key])) for key, places in COLUMNS.items()]
         if [line["row"], *cells] not in rows:
             rows.append([line["row"], *cells])
-    head = ["", "FD, classifier", "agreement", "recall", "variance inside a class", "of its bands, coarse to fine"]
+    head = ["", "FD, classifier", "agreement", "recall", "variance inside a class", "of its bands, coarse to fine",
+            "of its principal components 1-8, 9-64, others"]
     return (f"{markdown(head, rows)}\n\n{lines[0]['num']} images against as many of the test split; "
             f"{origin(lines, 'hardware', 'versions')}.")
 

@@ -57,20 +57,32 @@ def test_images_are_compared_with_others_than_those_they_go_on_from(monkeypatch)
     assert started == [(1, [0, 1], 0), (1, [2, 0], 2)]      # no noise twice
 
 
+class Judge:
+    name = identity = "classifier"
+
+    def __call__(self, images):
+        return images.reshape(len(images), 32, 32)[:, ::8, ::8].reshape(len(images), -1).astype(np.float64)
+
+    def classify(self, features):
+        return np.zeros(len(features), int)
+
+
+def test_the_variance_is_that_of_the_principal_components():
+    """Eight directions of which half is lost, in classes with means of their own; the noise around them stays."""
+    generator, labels = np.random.default_rng(0), np.arange(1600) % 2
+    wide = 8 * generator.standard_normal((1600, 8)) @ np.linalg.qr(generator.standard_normal((1024, 8)))[0].T * 4
+    noise = 2 * generator.standard_normal((1600, 1024)) + 100 + 30 * labels[:, None]
+    real, changed = ((noise + part).round().clip(0, 255).astype(np.uint8).reshape(-1, 32, 32, 1) for part in (
+        wide, wide / 2))
+    scores = variety.scores((real, labels), changed, labels, Judge())
+    assert scores["component_variance"] == pytest.approx([0.25, 1, 1], abs=0.05)
+
+
 def test_the_variance_is_that_of_each_band():
     generator, labels = np.random.default_rng(0), np.arange(400) % 2
     real = generator.integers(60, 190, (400, 32, 32, 1)).astype(np.uint8)
     bands = decompose(torch.from_numpy(real).permute(0, 3, 1, 2).float(), 3)
     changed = reconstruct([bands[0], bands[1], 0.5 * bands[2]]).permute(0, 2, 3, 1).round().byte().numpy()
-
-    class Judge:
-        name = identity = "classifier"
-
-        def __call__(self, images):
-            return images.reshape(len(images), 32, 32)[:, ::8, ::8].reshape(len(images), -1).astype(np.float64)
-
-        def classify(self, features):
-            return np.zeros(len(features), int)
 
     same, other = (variety.scores((real, labels), images, labels, Judge()) for images in (real, changed))
     assert same["frechet"] == pytest.approx(0, abs=1e-6) and same["band_variance"] == pytest.approx([1, 1, 1])
@@ -80,6 +92,8 @@ def test_the_variance_is_that_of_each_band():
 
 def test_the_table_shows_real_images_once():
     line = {"row": "real images", "frechet": 1.234, "label_agreement": 0.9, "recall": 0.8, "class_variance": 1.0,
-            "band_variance": [0.9, 1.0, 1.1], "num": 10, "hardware": "a box", "versions": "v", "commit": "c"}
+            "band_variance": [0.9, 1.0, 1.1], "component_variance": [0.5, 1.0, 1.25], "num": 10,
+            "hardware": "a box", "versions": "v", "commit": "c"}
     text = variety.table([line, {**line, "row": "lapflow"}, line])
-    assert text.count("real images") == 1 and "| lapflow | 1.23 | 0.900 | 0.800 | 1.000 | 0.900, 1.000, 1.100 |" in text
+    row = "| lapflow | 1.23 | 0.900 | 0.800 | 1.000 | 0.900, 1.000, 1.100 | 0.50, 1.00, 1.25 |"
+    assert text.count("real images") == 1 and row in text
