@@ -146,13 +146,13 @@ def draw_mask_cost(path: Path) -> None:
 
 
 def draw_study(path: Path) -> None:
-    """Distance against seconds, one line for each kind of solver and precision."""
+    """Distance against seconds, one line for each kind of solver and precision; tolerances of dopri5 are points."""
     rows, curves = lines("study"), []
     names = list(dict.fromkeys(row["solver"] for row in rows))
     for solver, precision in dict.fromkeys((row["solver"], row["precision"]) for row in rows):
         line = [row for row in rows if (row["solver"], row["precision"]) == (solver, precision)]
-        style = dict(label=f"{solver}, {precision}", marker="o", color=f"C{names.index(solver)}",
-                     linestyle="-" if precision == "float32" else ":")
+        style = dict(label=f"{solver}, {precision}", marker="o" if precision == "float32" else "x", color=f"C{names.index(solver)}",
+                     linestyle="none" if solver == "dopri5" else "-" if precision == "float32" else ":")
         curves.append(([row["seconds_per_image"] for row in line], [row["distance"] for row in line], style))
     pictures.plot(path, curves, xscale="log", yscale="log", xlabel="seconds per image", ylabel=rows[0]["distance_name"])
 
