@@ -151,7 +151,8 @@ def draw_study(path: Path) -> None:
     names = list(dict.fromkeys(row["solver"] for row in rows))
     for solver, precision in dict.fromkeys((row["solver"], row["precision"]) for row in rows):
         line = [row for row in rows if (row["solver"], row["precision"]) == (solver, precision)]
-        style = dict(label=f"{solver}, {precision}", marker="o" if precision == "float32" else "x", color=f"C{names.index(solver)}",
+        style = dict(label=f"{solver}, {precision}", color=f"C{names.index(solver)}",
+                     marker="o" if precision == "float32" else "x",
                      linestyle="none" if solver == "dopri5" else "-" if precision == "float32" else ":")
         curves.append(([row["seconds_per_image"] for row in line], [row["distance"] for row in line], style))
     pictures.plot(path, curves, xscale="log", yscale="log", xlabel="seconds per image", ylabel=rows[0]["distance_name"])
