@@ -21,6 +21,7 @@ import config
 from config import UserError
 from conftest import ROOT
 from run import load, memory, paper
+from schedule import PATHS, Schedule
 from scores import table
 from studies import compare, tables
 
@@ -142,6 +143,11 @@ def test_what_the_pages_say_of_photographs_is_in_the_results():
             f"classifier's Frechet distance only; with 4 coarse tokens, not 16, {four:.2f}.") in README
     kernel = {name: [errors_apart(runs, "LapFlow", name, key) for key in ("kid", "kid_efficientnet")]
               for name in names[1:3]}
+    both, _ = tables.of_one_length("crops", {
+        name: compare.FOLDER_32[name] for name in ("LapFlow", "LapFlow, two scales")})
+    apart = [errors_apart(both, "LapFlow, two scales", "LapFlow", key) for key in (
+        "frechet", "kid", "frechet_efficientnet", "kid_efficientnet")]
+    assert f"in all four distances, by {min(apart):.1f} to {max(apart):.1f} standard errors" in RESULTS
     assert ("LapFlow is behind LFM by {:.1f} and {:.1f} and behind Pyramidal Flow by {:.1f} and {:.1f}".format(
         *kernel["LFM"], *kernel["Pyramidal Flow"])) in RESULTS
     errors = {name: (errors_apart(runs, "LapFlow", name), errors_apart(runs, "LapFlow", name, "frechet_efficientnet"))
@@ -200,9 +206,11 @@ def test_what_the_pages_say_of_the_cost_of_sampling_is_in_the_results():
 
 
 def test_what_the_text_says_of_the_ablations_on_garments_is_in_the_results():
-    settings = {f"{name} {variant}": changes for name in ("scales", "mask", "experts") for variant, (changes, _) in
+    settings = {f"{name} {variant}": changes for name in (
+        "scales", "mask", "experts", "starts", "path") for variant, (changes, _) in
                 compare.IMAGE_ABLATIONS[name].items()}
     runs, _ = tables.of_one_length("fashion", settings)
+    runs = {name: rows for name, rows in runs.items() if rows}
 
     def behind(name, key="frechet"):
         return f"{errors_apart(runs, name, 'mask causal', key):.1f}"
@@ -213,6 +221,17 @@ def test_what_the_text_says_of_the_ablations_on_garments_is_in_the_results():
     assert f"agreement with the label falls, by {behind('mask none', 'label_agreement')[1:]}" in RESULTS
     assert (f"LapFlow is behind by {behind('experts qkv')} standard errors, with all weights shared by "
             f"{behind('experts none')}, at the same training FLOPs but with fewer parameters") in RESULTS
+    assert (f"0.33 and 0.67 are behind by {behind('starts 0.33, 0.67')} standard errors of the classifier's FD, 0.2 "
+            f"and 0.4 by {behind('starts 0.2, 0.4')}") in RESULTS
+    recall, agreement, distance = (means(runs, key) for key in ("recall", "label_agreement", "frechet"))
+    starts = [f"starts {starts}" for starts in ("0.5, 0.8", "0.33, 0.67", "0.2, 0.4")]
+    for values, sign in ((recall, -1), (agreement, 1)):
+        assert [sign * values[name] for name in starts] == sorted(sign * values[name] for name in starts)
+    quadratic, cubic, gvp = (distance[f"path {path}"] / distance["path linear"] for path in (
+        "quadratic", "cubic", "GVP"))
+    assert (f"{quadratic:.1f} times as large with quadratic noise and {cubic:.1f} times with cubic") in RESULTS
+    left = [Schedule((0, 0.5, 0.8), path).coefficients(2, 0.8)[1].item() for path in PATHS]
+    assert [round(x, 3) for x in left] == [0.2, 0.04, 0.008, 0.309] and f"is {100 * (gvp - 1):.0f}% farther" in RESULTS
 
 
 def test_the_standard_errors_between_systems_are_those_of_the_results():
@@ -289,6 +308,18 @@ def test_what_the_pages_say_of_guidance_is_in_the_results():
                 and f"{row['training_flops']:.1e}" == "5.1e+13" and row["config"]["seed"]]
         gains.append(100 * (1 - distance[gain] / statistics.mean(rows)))
     assert "LapFlow gains {:.0f}% and Pyramidal Flow {:.0f}%".format(*gains) in RESULTS
+
+
+def test_what_the_pages_say_of_variety_is_in_the_results():
+    real, ours, coarse, middle, _, theirs = tables.lines("variety")
+    distances = [row["frechet"] for row in (ours, coarse, middle, real)]
+    shares = [5 * (a - b) / (ours["frechet"] - real["frechet"]) for a, b in zip(distances, distances[1:], strict=False)]
+    assert [round(share) for share in shares] == [1, 2, 2]  # fifths
+    lost = [1 - x for x in ours["band_variance"]]
+    assert lost[0] < 0 and [round(10 * x) for x in lost[1:]] == [1, 1]
+    components = [np.array(row["component_variance"]) / real["component_variance"] for row in (ours, theirs)]
+    assert [round(7 * (1 - x)) for x in components[0]] == [0, 1, 0] and round(7 * (1 - components[1][1])) == 1
+    assert components[1][0] < components[0][0] and theirs["recall"] > ours["recall"]
 
 
 def test_every_score_is_explained():
