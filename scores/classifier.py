@@ -101,7 +101,7 @@ def load_classifier(dataset: Dataset, decode: Callable, device: torch.device | s
             folder.mkdir(parents=True, exist_ok=True)
             torch.save(network.state_dict(), file.with_suffix(f".{os.getpid()}.tmp"))
             os.replace(file.with_suffix(f".{os.getpid()}.tmp"), file)
-    with explain(f"{file} cannot be read", "; delete it, and it is trained again"):
+    with explain(f"{file} cannot be read as a classifier", ": delete it, and it is trained again"):
         network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     weights = b"".join(tensor.numpy().tobytes() for tensor in network.cpu().state_dict().values())
     return Classifier(network, f"classifier {key} {hashlib.sha256(weights).hexdigest()[:16]}", device)
