@@ -228,9 +228,8 @@ class Samples:
             self.shape = self.parts[0][1]()[0].shape[1:]
             self.folder = self.files if self.files.is_dir() else self.files.parent
             return
-        self.num, self.shape, self.folder = args.num, self.run.image_shape, self.run.folder
-        if args.what and not path.exists():                 # it lies in the hub's cache
-            self.folder = Path()
+        self.num, self.shape = args.num, self.run.image_shape
+        self.folder = gallery.folder_of(self.run, argparse.Namespace(run=args.what, out=None)).parent
         self.y = conditions.choose(self.run.condition, args.num, args.labels, args.vectors)
         if args.compile:
             load.compile_blocks(self.run.model)
