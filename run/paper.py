@@ -60,6 +60,7 @@ PRESETS = {
                           lr_end=1e-5, ema=0.999, num_samples=64, save_every=1000)),
     "folder-32": Preset(dict(_OURS, dataset="folder", res=32, size="96,4,3,4", patches=(2, 4, 4), steps=3360, lr=2e-2,
                              num_samples=1500)),            # 16 tokens in the coarsest band, as at 64 x 64
+    "folder-64": Preset(dict(_OURS, dataset="folder", res=64, size="96,4,3,4", steps=3360, lr=2e-2, num_samples=1500)),
     # Table 1 and appendix G
     "celebahq-256": _256,
     "celebahq-512": _512,
