@@ -38,6 +38,7 @@ BY_BAND = ("starts", "stage_weights", "patches")            # a number for each 
 # Not in paper: what made images better at equal FLOPs (docs/results.md).
 _OURS = dict(block="modern", times="logit-normal", full_range=False, concat_coarse=True, num_scales=3,
              starts=(0, 0.5, 0.8), stage_weights=(2, 2, 1))
+_SMALL = dict(_OURS, dataset="folder", size="96,4,3,4", steps=3360, lr=2e-2, num_samples=1500)     # for two CPU cores
 
 _256 = Preset(
     dict(_CELEBAHQ, res=256, vae=EQ_VAE, steps=500 * CELEBAHQ // 256),
@@ -52,15 +53,13 @@ _1024 = Preset(
 # The digits are the defaults of Config. The first preset that fits --dataset, --res and --size is taken.
 PRESETS = {
     "digits": Preset({}),                                   # two minutes on two CPU cores; the choices are in LOG.md
-    "fashion": Preset(dict(_OURS, dataset="fashion", res=32, size="96,4,3,4", steps=4700, lr=2e-2,
-                           num_samples=2000)),
+    "fashion": Preset(dict(_SMALL, dataset="fashion", res=32, steps=4700, num_samples=2000)),
     "fashion-gpu": Preset(dict(_OURS, dataset="fashion", res=32, size="128,6,4,2", steps=20000, batch=256, lr=2e-3,
                                precision="bfloat16", compile=True, num_samples=2000)),
     "folder": Preset(dict(_OURS, dataset="folder", res=64, size="192,6,3,4", batch=32, steps=20000, lr=1e-3,
                           lr_end=1e-5, ema=0.999, num_samples=64, save_every=1000)),
-    "folder-32": Preset(dict(_OURS, dataset="folder", res=32, size="96,4,3,4", patches=(2, 4, 4), steps=3360, lr=2e-2,
-                             num_samples=1500)),            # 16 tokens in the coarsest band, as at 64 x 64
-    "folder-64": Preset(dict(_OURS, dataset="folder", res=64, size="96,4,3,4", steps=3360, lr=2e-2, num_samples=1500)),
+    "folder-32": Preset(dict(_SMALL, res=32, patches=(2, 4, 4))),  # 16 tokens in the coarsest band
+    "folder-64": Preset(dict(_SMALL, res=64)),              # as many, with patches of 4; also --res 64 --size 96,4,3,4
     # Table 1 and appendix G
     "celebahq-256": _256,
     "celebahq-512": _512,

@@ -135,7 +135,8 @@ def gpu() -> str:
 
 TABLES = {"garments": garments, "presets": plan.presets, "speed": speed, "gpu": gpu,
           "systems": partial(systems, "compare"), "fashion": partial(systems, "fashion", compare.IMAGES),
-          "crops": partial(systems, "crops", compare.FOLDER_32), "ablations": partial(ablations, "ablations", "digits"),
+          "crops": partial(systems, "crops", compare.FOLDER_32), "crops64": partial(systems, "crops64", compare.IMAGES),
+          "ablations": partial(ablations, "ablations", "digits"),
           "fashion_ablations": partial(ablations, "fashion", "fashion"),
           "fashion_steps": partial(systems, "fashion", {name: given for name, (given, _) in compare.STEPS.items()}),
           "fashion_guidance": partial(systems, "fashion", {name: row[0] for name, row in compare.GUIDANCE.items()}),

@@ -242,6 +242,8 @@ def test_a_preset_yields_to_the_user():
     assert clothes.batch == 5 and clothes.res == 32 and clothes.out == "out/fashion"
     assert paper.resolve({}).out == "out/digits"
     assert paper.resolve({"dataset": "folder", "res": 32}).out == "out/folder-32"
+    assert paper.resolve({"dataset": "folder", "res": 64, "size": "96,4,3,4"}).out == "out/folder-64"
+    assert paper.resolve({"dataset": "folder", "res": 64}).out == "out/folder"
     assert paper.resolve({"dataset": "celebahq", "res": 512}).latents == "latents/celebahq-512-sd-vae-ft-mse/train"
     with pytest.raises(UserError, match="unknown dataset 'dogs'"):
         paper.resolve({"dataset": "dogs"})
