@@ -213,15 +213,18 @@ def compare(drawn: Statistics, reference: Statistics, force: bool = False) -> di
 
 
 class Samples:
-    """What the command line scores: files, or the images of a run. Without --ref, files belong to the newest run."""
+    """What the command line scores: files, or the images of a run. Without --ref, files belong to the run that drew
+    them, or to the newest."""
 
     def __init__(self, args: argparse.Namespace, ranks: Ranks):
         path, self.args, self.ranks, self.run, self.report = Path(args.what or ""), args, ranks, None, {}
-        is_run = any(path.glob("step-*.pt")) or (path / "model.safetensors").exists()
-        self.files = path if args.what and path.exists() and not is_run else None
+        is_run = any(path.glob("step-*.pt")) or (path / "model.safetensors").exists() or path.suffix == ".pt"
+        self.files, name = path if args.what and path.exists() and not is_run else None, args.what
+        if self.files:
+            drew = gallery.read_report(path if path.is_dir() else path.parent).get("run", "")
+            name = drew if Path(drew or "-").exists() else None
         if not (self.files and args.ref):
-            self.run = load.load_run(None if self.files else args.what, args.raw, str(ranks.device), args.vae,
-                                     args.noise_scale)
+            self.run = load.load_run(name, args.raw, str(ranks.device), args.vae, args.noise_scale)
             self.settings = solver_settings(self.run.cfg, args)
         if self.files:
             self.num, self.parts = gallery.open_samples(self.files, args.batch, self.run and self.run.classes)
@@ -249,7 +252,8 @@ class Samples:
             notes.append(note)
             yield numbers.start, images, y[numbers.start : numbers.stop]
         if notes := sum(self.ranks.gather(notes), []):
-            self.report = gallery.report_of(self.run, notes, self.args.seed, self.args.batch, self.settings)
+            asked = {"labels": self.args.labels} | ({"vectors": "of a file"} if self.args.vectors else {})
+            self.report = gallery.report_of(self.run, notes, self.args.seed, self.args.batch, self.settings) | asked
 
 
 def against_data(args: argparse.Namespace, samples: Samples, ranks: Ranks) -> dict:
@@ -261,6 +265,8 @@ def against_data(args: argparse.Namespace, samples: Samples, ranks: Ranks) -> di
     dataset = batches.load(run.cfg)
     if dataset.classes != run.classes:
         raise UserError(f"the data of {run.folder} has changed: it was trained on the classes {run.classes}")
+    if dataset.fingerprint != run.facts.get("fingerprint", ""):
+        print(f"warning: {run.folder} was trained on other images than its data are now")
     if samples.shape != run.image_shape:
         raise UserError(f"{samples.files} holds images of shape {samples.shape}; the run {run.folder} makes "
                         f"{run.image_shape}")
@@ -308,7 +314,7 @@ def main() -> None:
         if not ranks.first:
             return
         if samples.files:
-            print(f"samples    {args.what}")
+            print(f"samples    {args.what}" + ("" if args.ref else f", against the data of {samples.run.folder}"))
         if "nfe_segments" in samples.report:
             print(gallery.describe(samples.report))
         print(table(scores))

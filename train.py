@@ -102,8 +102,7 @@ def resume(job: Job, fresh: bool) -> None:
     cfg, ranks, out = job.cfg, job.ranks, Path(job.cfg.out)
     count = cfg.keep + 1 + (cfg.steps // cfg.keep_every if cfg.keep_every else 0)
     room = count * memory.parameters(job.model) * (16 if cfg.ema else 12)       # bytes: weights, two moments, EMA
-    ranks.first_does(lambda: checkpoint.prepare(out, fresh, room))
-    state = ranks.first_does(lambda: checkpoint.load_newest(out))
+    state = ranks.first_does(lambda: None if fresh else checkpoint.load_newest(out))
     job.step = job.resumed_at = ranks.share(state["step"] if state else 0)      # only the first process has read it
     if job.step:
         state = state or checkpoint.read(checkpoint.path(out, job.step), checked=True)
@@ -119,6 +118,7 @@ def resume(job: Job, fresh: bool) -> None:
         ranks.say(load.fine_tune(job.model, cfg.init, job.facts))
         if job.ema is not None:
             job.ema.load_state_dict(job.model.state_dict())
+    ranks.first_does(lambda: checkpoint.prepare(out, fresh, room))              # from here on an old run is gone
     if ranks.first:
         checkpoint.write_config(out, cfg.to_dict(), finished=job.step >= cfg.steps)
 
@@ -243,9 +243,9 @@ def train(cfg: Config, fresh: bool = False, device: str | None = None, stop_afte
         with within_memory(ranks.device):
             job = setup(cfg, ranks)
             job.began = began
+            # what samples need, such as the autoencoder: if it is missing, say so now
+            ranks.first_does(load.Run(cfg, job.model, job.facts, Path(cfg.out), 0, "raw").ready)
             resume(job, fresh)
-        # what samples need, such as the autoencoder: if it is missing, say so now
-        ranks.first_does(load.Run(cfg, job.model, job.facts, Path(cfg.out), 0, "raw").ready)
         ranks.say(memory.summary(job.model, cfg, job.parts, ranks))
         stop.immediate = False                              # from here on a signal lets the step end: save, and return
         with memory.explained(job.model, cfg, job.parts, ranks), job.writer:

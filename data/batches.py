@@ -261,7 +261,9 @@ def fashion(where: str, split: str = "train") -> Images:
 def read_all(source: sources.Source, cfg: Config) -> Images:
     """Every image of a source, decoded into memory (3 R^2 bytes each). Raises UserError at a bad one, or skips it."""
     vectors = source.vectors() if cfg.condition == "vectors" else None
-    pixels, good, bad = np.empty((len(source), 3, cfg.res, cfg.res), np.uint8), [], []
+    with sources.explain(f"{len(source):,} images of {cfg.res} x {cfg.res} are too many for the memory",
+                         "; train on smaller ones, or on latents", kinds=MemoryError):
+        pixels, good, bad = np.empty((len(source), 3, cfg.res, cfg.res), np.uint8), [], []
     for i in tqdm(range(len(source)), desc="reading images", unit="file", leave=False, disable=not FIRST or None):
         pixels[len(good)], problem = source.image_or_problem(i, cfg.res, cfg.skip_bad)
         if problem:
@@ -286,11 +288,15 @@ def image_files(cfg: Config) -> Dataset:
     source = sources.open_source(cfg.dataset, cfg.data)
     images = read_all(source, cfg)
     if cfg.dataset == "folder" and "test" in source.splits:
-        test = sources.open_source(cfg.dataset, cfg.data, "test")
-        if test.classes == source.classes:
+        try:
+            test = sources.open_source(cfg.dataset, cfg.data, "test")
+            problem = "" if test.classes == source.classes else f"the split test of {cfg.data} has other classes"
+        except UserError as error:
+            problem = str(error)
+        if not problem:
             images.held_out = functools.cache(functools.partial(read_all, test, cfg))
         elif FIRST:
-            print(f"warning: the split test of {cfg.data} has other classes than train: it is not used for scores")
+            print(f"warning: {problem}: scores compare with the training images")
     return images
 
 

@@ -95,7 +95,7 @@ def choose(condition: nn.Module | None, num: int | None, labels: list | str | in
             trained = "without classes" if condition is None else f"on {type(condition).__name__.lower()}"
             raise UserError(f"this run was trained {trained}: leave out the {name}")
     if labels is not None:
-        labels = [labels] if isinstance(labels, (str, int)) else labels
+        labels = [labels] if np.ndim(labels) == 0 else labels
         rows = torch.tensor([find_label(condition.classes, label) for label in labels], dtype=torch.long)
         if not len(rows):
             raise UserError("the list of labels is empty: name one class at least, or leave it out")

@@ -112,7 +112,7 @@ def open_source(dataset: str, where: str, split: str = "train") -> Source:
     with explain(f"cannot read {where!r}", kinds=OSError):  # no permission, a name that is too long, a failing disk
         if where.startswith("hf:") or path.suffix == ".parquet" or (path.is_dir() and any(path.glob("**/*.parquet"))):
             source = _parquet(where, split)
-        elif path.suffix == ".zip" and path.is_file():
+        elif path.suffix.lower() == ".zip" and path.is_file():
             source = _zip(path, split)
         elif path.is_dir():
             source = _folder(path, split)
@@ -154,6 +154,7 @@ def arrange(where: str, files: list[str], split: str, strip: bool, size: Callabl
         raise UserError(f"{where!r} holds both class folders and images, such as {min(stray, key=natural)!r}: move the "
                         "images into a class folder, or the class folders away")
     names = sorted(parts, key=lambda name: (number[folders[name]], natural(name)))
+    classes = [name.encode(errors="replace").decode() for name in classes]          # one need not be UTF-8
     return Source(where, names, [number[folders[name]] for name in names], classes,
                   fingerprint(names, map(size, names)), lambda i: read(names[i]), splits)
 
@@ -164,16 +165,15 @@ def fingerprint(names: Iterable[str], sizes: Iterable[int]) -> str:
 
 
 def _folder(path: Path, split: str) -> Source:
-    files, visited = [], set()
+    files = []
 
     def fail(problem):
         raise problem
 
     for directory, folders, inside in os.walk(path, followlinks=True, onerror=fail):
-        if (real := os.path.realpath(directory)) in visited:                        # links may form a loop
+        if os.path.realpath(directory) in map(os.path.realpath, Path(directory).parents):       # a link into a loop
             folders.clear()
             continue
-        visited.add(real)
         files += [os.path.relpath(os.path.join(directory, name), path).replace(os.sep, "/") for name in inside]
 
     def size(name):                                         # -1 of a broken link: reading it names it
@@ -188,12 +188,12 @@ def _folder(path: Path, split: str) -> Source:
 def _zip(path: Path, split: str) -> Source:
     with explain(f"{path} is not a zip archive that can be read"):
         archive = zipfile.ZipFile(path)
-    infos = {info.filename: info for info in archive.infolist() if not info.is_dir()}
+    infos = {info.filename.replace("\\", "/"): info for info in archive.infolist() if not info.is_dir()}
 
     def read(name):                                         # never unpacked to a file: names may contain ../
         if infos[name].file_size > LARGEST:
             raise ValueError(f"it has {infos[name].file_size:,} bytes unpacked, a decompression bomb")
-        return io.BytesIO(archive.read(name))
+        return io.BytesIO(archive.read(infos[name]))
 
     return arrange(str(path), list(infos), split, True, lambda name: infos[name].file_size, read)
 

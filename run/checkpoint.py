@@ -36,19 +36,21 @@ def path(run: Path, step: int) -> Path:
 
 def prepare(run: Path, fresh: bool, room: int) -> None:
     """Makes the run directory, emptied of an old run when fresh. The checkpoints need `room` bytes of its disk."""
+    if (run / "model.safetensors").exists():
+        raise UserError(f"{run} is an export, and a run cannot be in it too: choose another directory with --out")
     try:
         run.mkdir(parents=True, exist_ok=True)
         (run / ".writable").touch()
-        old = [*steps(run), run / "metrics.jsonl", run / "scores.jsonl"] if fresh else []
-        for file in [run / ".writable", *run.glob("step-*.tmp"), *old]:
-            file.unlink(missing_ok=True)
+        (run / ".writable").unlink()
         room -= sum(path.stat().st_size for path in steps(run))
-        free = shutil.disk_usage(run).free
+        if (free := shutil.disk_usage(run).free) < room:
+            raise UserError(f"the checkpoints need {room / 1e9:.1f} GB more, but there are {free / 1e9:.1f} GB free "
+                            f"for {run}: choose another directory with --out, or keep fewer with --keep")
+        old = [*steps(run), run / "metrics.jsonl", run / "scores.jsonl"] if fresh else []
+        for file in [*run.glob("step-*.tmp"), *old]:
+            file.unlink(missing_ok=True)
     except OSError as problem:
         raise UserError(f"the run directory {run} cannot be written: {problem}; choose another with --out") from None
-    if free < room:
-        raise UserError(f"the checkpoints need {room / 1e9:.1f} GB more, but there are {free / 1e9:.1f} GB free for "
-                        f"{run}: choose another directory with --out, or keep fewer with --keep")
 
 
 def write_config(run: Path, config: dict, finished: bool) -> None:

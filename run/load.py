@@ -151,8 +151,8 @@ class Run:
 
 def load_run(name: str | None = None, raw: bool = False, device: str | None = None, vae: str | None = None,
              noise_scale: tuple | None = None) -> Run:
-    """A run directory (its newest whole checkpoint), an export, or an export on the hub; None: the newest run. vae:
-    where its autoencoder is now; noise_scale: in place of the run's own."""
+    """A run directory (its newest whole checkpoint), one of its checkpoints, an export, or an export on the hub; None:
+    the newest run. vae: where its autoencoder is now; noise_scale: in place of the run's own."""
     folder, state, weights = read_state(name, raw)
     named = state["config"].get("vae")
     if (folder / "model.safetensors").exists() and named and not vae and (
@@ -172,17 +172,17 @@ def read_state(name: str | None, raw: bool = False) -> tuple[Path, dict, str]:
     folder = Path(name) if name else checkpoint.newest_run()
     if not folder.exists() and HUB.fullmatch(str(name)) and name.count("/") == 1 and not folder.parent.is_dir():
         folder = sources.download(name, ["config.json", "model.safetensors"])
-    if not folder.is_dir():
+    if not folder.exists():
         raise UserError(f"there is no run directory {str(folder)!r}; train one with python train.py")
     if (folder / "model.safetensors").exists():
         state, weights = read_export(folder)
         if raw and weights != "raw":
             raise UserError(f"the export {folder} holds the averaged weights only: leave out --raw")
         return folder, state, weights
-    state = checkpoint.load_newest(folder)
+    state = checkpoint.read(folder) if folder.is_file() else checkpoint.load_newest(folder)
     if state is None:
         raise UserError(f"{str(folder)!r} holds no checkpoint; train with python train.py --out {folder}")
-    return folder, state, "raw" if raw or state["ema"] is None else "ema"
+    return folder.parent if folder.is_file() else folder, state, "raw" if raw or state["ema"] is None else "ema"
 
 
 def restore_model(cfg: Config, facts: dict, weights: dict, folder: Path, device: torch.device) -> torch.nn.Module:
@@ -215,20 +215,18 @@ def load_weights(model: torch.nn.Module, weights: dict, where: Path | str, assig
 def fine_tune(model: MoTDiT, name: str, facts: dict) -> str:
     """Starts `model` from the weights of another run, checkpoint file or export: --init. Returns what to report.
 
-    facts: of the new data. Positions are computed and not stored, so any resolution fits."""
-    if Path(name).is_file():
-        state = checkpoint.read(Path(name))
-        which = "raw" if state["ema"] is None else "ema"
-    else:
-        _, state, which = read_state(name)
+    facts: of the new data. Positions are computed and not stored, so any resolution fits. Of vectors the new examples
+    stay, which set the scale of the input."""
+    _, state, which = read_state(name)
     weights, old = {key: x.float() for key, x in state[WEIGHTS[which]].items()}, state["data"]
-    text = f"starting from the weights of {name} at step {state['step']}"
-    if (old.get("classes"), old.get("vectors")) != (facts["classes"], facts["vectors"]):
+    there, here = (f"vectors of {facts['vectors'][1]}" if facts.get("vectors") else
+                   f"{len(facts.get('classes', ()))} classes" for facts in (old, facts))
+    text, new = f"starting from the weights of {name} at step {state['step']}", "condition.examples"
+    if there != here or old.get("classes") != facts["classes"]:
         weights = {key: value for key, value in weights.items() if not key.startswith("condition.")}
-        weights |= {key: value for key, value in model.state_dict().items() if key.startswith("condition.")}
-        text += (f"\nits condition ({len(old.get('classes', ()))} classes) differs from this run's "
-                 f"({len(facts['classes'])} classes): the embedding starts anew")
-    load_weights(model, weights, name)
+        text += f"\nits condition ({there}) differs from this run's ({here}): the embedding starts anew"
+        new = "condition."
+    load_weights(model, weights | {key: x for key, x in model.state_dict().items() if key.startswith(new)}, name)
     return text
 
 
@@ -259,6 +257,8 @@ def export(run: Run, folder: Path) -> None:
     """Writes model.safetensors and config.json."""
     from safetensors.torch import save_file
 
+    if any(folder.glob("step-*.pt")):
+        raise UserError(f"{folder} is the directory of a run, and an export cannot be in it too: choose another")
     with explain(f"the export cannot be written to {folder}", kinds=OSError):
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in run.model.state_dict().items()},

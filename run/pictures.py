@@ -1,6 +1,7 @@
 """Pictures: one style for all, grids of small images, the loss curves. matplotlib is loaded when one is drawn."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -81,23 +82,24 @@ def draw_images(path: Path, rows: list, labels: list, columns: list | None = Non
     left = side * (0.16 + 0.09 * letters)                   # room for the names
     figure = plt.figure(figsize=(0.95 * (width + left / pitch), 0.95 * len(rows) * gap / pitch + 0.4))
     axis = figure.add_axes((0, 0, 1, 1))
+    text = partial(axis.text, fontsize=9, parse_math=False)                         # a class may be called 5$ to 10$
     for r, row in enumerate(rows):
         top = r * gap
         for c, cell in enumerate(row):
             box = (c * pitch, c * pitch + side, top + side, top)
             middle = c * pitch + side / 2
             if isinstance(cell, str):
-                axis.text(middle, top + side / 2, cell, ha="center", va="center", fontsize=8, color=QUIET)
+                text(middle, top + side / 2, cell, ha="center", va="center", fontsize=8, color=QUIET)
             else:
                 axis.imshow(cell.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest", extent=box)
                 axis.plot([box[k] for k in (0, 1, 1, 0, 0)], [box[k] for k in (3, 3, 2, 2, 3)], color="#c8c8c8",
                           linewidth=0.6)                    # white noise on white paper
             if labels and labels[r]:
-                axis.text(middle, top - 0.04 * side, labels[r][c], ha="center", va="bottom", fontsize=9)
+                text(middle, top - 0.04 * side, labels[r][c], ha="center", va="bottom")
         if names:
-            axis.text(-0.08 * side, top + side / 2, names[r], ha="right", va="center", fontsize=9)
+            text(-0.08 * side, top + side / 2, names[r], ha="right", va="center")
     for c, title in enumerate(columns or []):
-        axis.text(c * pitch + side / 2, -0.1 * side, title, ha="center", va="bottom", fontsize=9)
+        text(c * pitch + side / 2, -0.1 * side, title, ha="center", va="bottom")
     axis.set(xlim=(-left, width * pitch), ylim=((len(rows) - 1) * gap + 1.1 * side, -0.4 * side))
     axis.set_aspect("equal")
     axis.set_axis_off()

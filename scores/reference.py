@@ -94,7 +94,7 @@ def check_comparable(reference: Statistics, how: dict, file: str) -> None:
 
 def check_enough(n: int, dim: int, force: bool = False) -> None:
     """Raises UserError for fewer images than features, whose covariance is singular, unless forced."""
-    if n < dim + 1 and not force:
+    if n < 2 or n < dim + 1 and not force:
         raise UserError(f"{n} images are too few for {dim} features: the distance would mean nothing. Take at least "
                         f"{dim + 1} (papers: 50000), or look at it anyway with --force")
 

@@ -167,7 +167,7 @@ def attend(inputs: list, backend: SDPBackend, upstream: torch.Tensor) -> list[to
 
 
 def attention(job: Job) -> None:
-    """Each backend at our lengths, forward and backward, against float32 products; then the tests on this GPU."""
+    """Each backend at our lengths, forward and backward, against float32 products."""
     for queries, keys in ((4, 5),) if job.dry else PAIRS:
         tensors = [torch.randn(2, 16, n, 64, device=job.device) for n in (queries, keys, keys, queries)]
         rounded = [x.to(torch.bfloat16) for x in tensors]                           # q, k, v, gradient of the output
@@ -186,18 +186,31 @@ def attention(job: Job) -> None:
             except RuntimeError as problem:
                 figures = {"unavailable": first_line(problem)}
             job.say("attention", queries=queries, keys=keys, backend=name, chosen=chosen, **figures)
-    if job.device.type == "cuda":
-        tests = subprocess.run([sys.executable, "-m", "pytest", "-q", "tests/test_gpu.py", "tests/test_graphs.py"],
-                               cwd=ROOT, capture_output=True, text=True, check=False)
-        print(tests.stdout, file=sys.stderr)
-        job.say("tests", result=next(iter(tests.stdout.splitlines()[-1:]), tests.stderr[-200:]))
+
+
+def tests(job: Job) -> None:
+    """The tests on this GPU; DIR/tests.txt has what they print, also when they are cut off."""
+    command = [sys.executable, "-m", "pytest", "-q", "tests/test_gpu.py", "tests/test_graphs.py"]
+    with open(job.out / "tests.txt", "w") as file:
+        subprocess.run([*command, *["--collect-only"] * job.dry], cwd=ROOT, stdout=file, stderr=file, check=False)
+    job.say("tests", result=next(iter((job.out / "tests.txt").read_text().splitlines()[-1:]), ""))
 
 
 def gradients(job: Job) -> None:
-    """Loss and gradients of each stage against full float32; then fused AdamW against the plain one."""
+    """Fused AdamW against the plain one; then loss and gradients of each stage against full float32."""
     cfg = job.preset("celebahq-256")
     model, batch = random_network(cfg, job.device), 4 if job.dry else 32
-    exact = {}
+    results, exact = {}, {}
+    for fused in (False, True):                             # first: compiling takes the longest
+        weights = [p.detach().clone().requires_grad_() for p in model.parameters()]
+        for weight in weights:
+            weight.grad = weight.detach().clone()           # any numbers
+        optimizer = torch.optim.AdamW(weights, lr=1e-4, fused=fused)
+        optimizer.step()
+        results[fused] = torch.cat([w.detach().flatten() for w in weights])
+        job.say("AdamW", fused=fused, milliseconds=1000 * job.seconds(optimizer.step),
+                largest_difference=float((results[fused] - results[False]).abs().max()))
+    del weights, optimizer, results
     for mode, precision, matmul in (("float32", "float32", "highest"), ("TF32", "float32", "high"),
                                     ("bfloat16", "bfloat16", "high"), ("compiled", "bfloat16", "high")):
         torch.set_float32_matmul_precision(matmul)
@@ -210,16 +223,6 @@ def gradients(job: Job) -> None:
             job.say("gradients", stage=stage, mode=mode, loss=value, loss_difference=value / reference[0] - 1,
                     gradient_error=float((flat - reference[1]).norm() / reference[1].norm()),
                     finite=bool(flat.isfinite().all()))
-    results = {}
-    for fused in (False, True):
-        weights = [p.detach().clone().requires_grad_() for p in model.parameters()]
-        for weight in weights:
-            weight.grad = weight.detach().clone()           # any numbers
-        optimizer = torch.optim.AdamW(weights, lr=1e-4, fused=fused)
-        optimizer.step()
-        results[fused] = torch.cat([w.detach().flatten() for w in weights])
-        job.say("AdamW", fused=fused, milliseconds=1000 * job.seconds(optimizer.step),
-                largest_difference=float((results[fused] - results[False]).abs().max()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -333,7 +336,7 @@ def time_sampling(job: Job, name: str, modes: tuple, batch: int = 1) -> None:
         x1 = draw(precision)
         first, opening = x1 if first is None else first, time.monotonic() - began
         job.say("sampling", preset=name, mode=mode, batch=batch, nfe=steps, seconds_first=opening,
-                seconds_per_image=job.seconds(partial(draw, precision), 3) / batch,
+                seconds_per_image=job.seconds(partial(draw, precision), 1 if mode == "float32" else 3) / batch,
                 difference=float((x1 - first).norm() / first.norm()), captures=getattr(model.forward, "captures", 0))
 
 
@@ -352,6 +355,7 @@ def sampling(job: Job) -> None:
 def train_here(job: Job, cfg: Config, spare: float = 2.0) -> tuple[train.Job, list[dict]]:
     """The training loop, without checkpoints, until `spare` seconds before the section ends: its state, its lines."""
     train.save = lambda state: None                         # a process of its own: nobody else sees it
+    checkpoint.prepare = lambda run, fresh, room, prepare=checkpoint.prepare: prepare(run, fresh, 0)    # nor the disk
     cfg = dataclasses.replace(cfg, out=str(job.folder / "run"), latents=str(job.folder / "cache"))
     if cfg.space == "latent":
         random_cache(job.folder / "cache", cfg)
@@ -412,18 +416,24 @@ def random_clothes(folder: Path, count: int = 320) -> str:
     return str(folder)
 
 
-def quality(job: Job) -> None:
-    """The systems on Fashion-MNIST, seed by seed, FIRST before the others: a line of quality.jsonl for each run, the
-    table and the pictures of the runs so far."""
-    args = Namespace(dataset="fashion", data=job.data, res=None, ablation=None, only=None, seeds=3, steps=3000, jobs=3,
-                     size="128,6,4,2", out=str(job.folder), record=job.out / "quality.jsonl", device=None)
+def plan_quality(job: Job) -> tuple[Namespace, list]:
+    """The arguments of studies.compare, and its runs; DFM's coarsest patches would be half a pixel."""
+    args = Namespace(dataset="fashion", data=job.data, res=None, ablation=None, seeds=3, steps=3000, jobs=3,
+                     only=[name for name in compare.IMAGES if name != "DFM"], size="128,6,4,2", out=str(job.folder),
+                     record=job.out / "quality.jsonl", device=None)
     changes = {"lr": 2e-3, "batch": 256, "precision": "bfloat16", "eval_every": 0}
     if job.dry:                                             # its lines are not kept
         vars(args).update(data=random_clothes(job.folder / "clothes"), seeds=1, steps=2, size="32,1,2,4", device="cpu",
                           only=["LapFlow", "LFM", "LapFlow, finer noise x 0.85"], record=job.folder / "quality.jsonl")
         changes = {"num_samples": 150, "solver": "euler", "solver_steps": 3, "warmup": 0, "eval_every": 0}
+    return args, [(name, dataclasses.replace(cfg, **changes)) for name, cfg in compare.plan_runs(args)]
+
+
+def quality(job: Job) -> None:
+    """The systems on Fashion-MNIST, seed by seed, FIRST before the others: a line of quality.jsonl for each run, the
+    table and the pictures of the runs so far."""
+    args, planned = plan_quality(job)
     log.check_record(args.record)
-    planned = [(name, dataclasses.replace(cfg, **changes)) for name, cfg in compare.plan_runs(args)]
     load_classifier(batches.load(planned[0][1]), batches.to_images, job.device)     # before several runs ask for it
     args.out, done = str(job.out), []                       # from here on: of the table and the pictures
     for first, seed in product((True, False), range(args.seeds)):
@@ -463,7 +473,7 @@ def colour(job: Job) -> None:
 # the sections as processes
 
 COMMANDS = {                                                # sections and their limits in seconds
-    "gpu": {"machine": (machine, 30), "attention": (attention, 60), "gradients": (gradients, 60),
+    "gpu": {"machine": (machine, 30), "attention": (attention, 40), "tests": (tests, 45), "gradients": (gradients, 60),
             "stages 256": (partial(stages, names=("celebahq-256",)), 75), "sampling": (sampling, 100),
             "stages": (partial(stages, names=("celebahq-1024", "celebahq-512", "imagenet-256-B", "imagenet-256-XL")),
                        190),

@@ -12,7 +12,7 @@ import torch
 from config import Config, UserError
 from data import batches
 from run import checkpoint, memory, paper
-from studies import bench, gpu, timing
+from studies import bench, compare, gpu, timing
 
 
 @pytest.fixture
@@ -100,6 +100,16 @@ def test_stages_are_timed_with_a_micro_batch_that_fits(tmp_path, monkeypatch):
     assert [(row["stage"], row["micro_batch"]) for row in again] == [(0, 3), (1, 3)]
     mean = statistics.mean(row["milliseconds"] for row in again) / 1000
     assert training["images_per_second"] == pytest.approx(6 / (6 / 3 * mean + 0.02)) and mean > 0.003
+
+
+def test_the_runs_of_the_second_command_are_planned_as_on_a_gpu(tmp_path):
+    """The dry run has other systems and patches: what does not fit at patch 2 would end the command on a GPU."""
+    job = gpu.Job("quality", tmp_path, tmp_path, dry=False, data=gpu.random_clothes(tmp_path / "clothes"), ends=0)
+    args, planned = gpu.plan_quality(job)
+    assert {name for name, _ in planned} == set(compare.IMAGES) - {"DFM"} and set(gpu.FIRST) <= set(args.only)
+    assert len(planned) == 3 * len(args.only) and {cfg.seed for _, cfg in planned} == {0, 1, 2}
+    settings = {(cfg.size, cfg.precision, cfg.batch, cfg.lr) for _, cfg in planned}
+    assert settings == {("128,6,4,2", "bfloat16", 256, 2e-3)}
 
 
 def test_the_random_cache_is_one_that_training_reads(tmp_path):

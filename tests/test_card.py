@@ -211,6 +211,38 @@ def test_a_trained_run_gets_a_whole_card(monkeypatch, tmp_path, capsys):
     assert "Not measured" in card.write(raw, "me/x", grid=True)
 
 
+def test_a_card_says_how_its_samples_were_drawn(tmp_path, program):
+    cfg = tiny(tmp_path, steps=1)
+    train.train(cfg, device="cpu")
+    program("fid.py", cfg.out, "-n", "10", "--labels", "7", "--noise-scale", "1,0.5", "--cfg", "3", "--cfg-interval",
+            "0.1,0.5", "--solver", "heun", "--steps", "2")
+    text = card.scores(load_run(cfg.out, device="cpu"))
+    for words in ("guidance 3", "steps 2", "interval [0.1, 0.5]", "noise scale [1.0, 0.5]", "labels 7"):
+        assert words in text, text
+
+
+def test_a_run_and_an_export_do_not_share_a_directory(tmp_path):
+    cfg = tiny(tmp_path, steps=1)
+    train.train(cfg, device="cpu")
+    with pytest.raises(UserError, match="is the directory of a run, and an export cannot be in it too"):
+        load.export(load_run(cfg.out, device="cpu"), Path(cfg.out))
+    load.export(load_run(cfg.out, device="cpu"), tmp_path / "shared")
+    with pytest.raises(UserError, match="shared is an export, and a run cannot be in it too"):
+        train.train(tiny(tmp_path, "shared", steps=1), fresh=True, device="cpu")
+    assert load_run(str(tmp_path / "shared"), device="cpu").step == 1
+
+
+def test_an_earlier_checkpoint_is_sampled_by_its_name(tmp_path, program):
+    cfg = tiny(tmp_path, steps=2, save_every=1)
+    train.train(cfg, device="cpu")
+    first = Path(cfg.out) / "step-00000001.pt"
+    run = load_run(str(first), device="cpu")
+    assert (run.step, run.folder) == (1, Path(cfg.out))
+    assert "step 1 of" in program("fid.py", first, "-n", "10", "--steps", "2", "--solver", "heun")
+    with pytest.raises(UserError, match="is not a checkpoint|cannot be read|damaged"):
+        load_run(str(Path(cfg.out) / "config.json"), device="cpu")
+
+
 def test_a_card_names_the_code_of_every_part_of_the_training(monkeypatch, tmp_path):
     """Of a start that saved something: not of one that was cut off, of a finished run's, or of what --fresh deleted."""
     def trained(commit, **settings):

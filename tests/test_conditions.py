@@ -262,6 +262,21 @@ def test_a_run_on_vectors_trains_continues_and_samples(on_vectors, give_up, monk
     assert np.array_equal(images, again)
 
 
+def test_fine_tuning_on_other_vectors_keeps_the_embedding_and_takes_their_examples(on_vectors, tmp_path, capsys):
+    train.train(on_vectors, device="cpu")
+    folder = folder_of_digits(tmp_path / "others")
+    vectors = np.load(folder / "vectors.npy")
+    np.save(folder / "vectors.npy", vectors + 50)
+    cfg = replace(on_vectors, data=str(folder), out=str(tmp_path / "tuned"), init=on_vectors.out, lr=0.0, lr_end=0.0)
+    train.train(cfg, device="cpu")
+    tuned, old = state(cfg)["model"], state(on_vectors)["ema"]
+    assert (tuned["condition.examples"] - old["condition.examples"]).mean() == pytest.approx(50)
+    assert torch.equal(tuned["condition.mlp.0.weight"], old["condition.mlp.0.weight"])
+    capsys.readouterr()
+    train.train(replace(cfg, condition="labels", out=str(tmp_path / "labels")), device="cpu")
+    assert "its condition (vectors of 1) differs from this run's" in capsys.readouterr().out
+
+
 def test_a_run_remembers_its_kind_of_condition(on_vectors):
     train.train(on_vectors, device="cpu")
     with pytest.raises(config.UserError, match="condition was 'vectors' and is now 'labels'"):

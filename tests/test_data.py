@@ -4,6 +4,7 @@ import functools
 import gzip
 import io
 import itertools
+import os
 import struct
 import zipfile
 
@@ -392,7 +393,50 @@ def test_other_splits_are_not_held_out(tmp_path, capsys):
     save(tmp_path / "test" / "b" / "x.png")
     assert batches.load(config(data=str(tmp_path))).test(10) is None
     assert "the split test" in capsys.readouterr().out
+    save(tmp_path / "test" / "stray.png")
+    assert batches.load(config(data=str(tmp_path))).test(10) is None
+    assert "warning: " in (out := capsys.readouterr().out) and "both class folders and images" in out
     assert batches.digits().test(10) is None
+
+
+def test_archives_of_other_systems(tmp_path):
+    save(tmp_path / "x.png")
+    with zipfile.ZipFile(tmp_path / "x.ZIP", "w") as archive:
+        for name in ("a\\1.png", "b\\1.png"):
+            info = zipfile.ZipInfo("x")
+            info.filename = name                            # ZipInfo itself would write a slash
+            archive.writestr(info, (tmp_path / "x.png").read_bytes())
+    source = sources.open_source("folder", str(tmp_path / "x.ZIP"))
+    assert source.classes == ["a", "b"] and source.image(1, 8).shape == (3, 8, 8)
+
+
+def test_links_are_followed_but_for_loops(tmp_path):
+    for name in ("1.png", "2.png"):
+        save(tmp_path / "real" / name)
+    (tmp_path / "set" / "c").mkdir(parents=True)
+    save(tmp_path / "set" / "c" / "x.png")
+    for name in ("a", "b"):                                 # the same images twice
+        (tmp_path / "set" / name).symlink_to(tmp_path / "real")
+    (tmp_path / "set" / "c" / "loop").symlink_to(tmp_path / "set")
+    source = sources.open_source("folder", str(tmp_path / "set"))
+    assert source.classes == ["a", "b", "c"] and source.labels == [0, 0, 1, 1, 2]
+
+
+def test_images_that_do_not_fit_in_memory_are_a_sentence(tmp_path, monkeypatch):
+    save(tmp_path / "x.png")
+
+    def full(*shape):
+        raise MemoryError("Unable to allocate 225. GiB")
+
+    monkeypatch.setattr(batches.np, "empty", full)
+    with pytest.raises(UserError, match="1 images of 16 x 16 are too many for the memory: Unable .* or on latents"):
+        batches.load(config(data=str(tmp_path)))
+
+
+def test_a_class_whose_name_is_not_utf8(tmp_path):
+    (tmp_path / os.fsdecode(b"caf\xe9")).mkdir()
+    save(tmp_path / os.fsdecode(b"caf\xe9") / "x.png")
+    assert sources.open_source("folder", str(tmp_path)).classes == ["caf?"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -162,6 +162,33 @@ def test_a_run_is_not_scored_on_other_classes(tmp_path, monkeypatch, call):
         call(fid.main, "out/run", "--num", "10")
 
 
+def test_files_are_scored_against_the_data_of_the_run_that_drew_them(tmp_path, monkeypatch, program):
+    monkeypatch.chdir(tmp_path)
+    for name in ("first", "second"):
+        for i in range(20):
+            (tmp_path / name).mkdir(exist_ok=True)
+            Image.new("RGB", (8, 8), (i if name == "first" else 200 + i,) * 3).save(tmp_path / name / f"{i}.png")
+        train.train(tiny(tmp_path, f"out/{name}", steps=1, dataset="folder", data=name, res=8), device="cpu")
+        if name == "first":
+            program("sample.py", "out/first", "-n", "20", "--steps", "2", "--solver", "heun")
+    out = program("fid.py", "out/first/samples/samples.npz")
+    assert "samples    out/first/samples/samples.npz, against the data of out/first" in out
+
+
+def test_changed_images_are_a_warning(tmp_path, monkeypatch, call):
+    train.train(tiny(tmp_path, "out/run", steps=1), device="cpu")
+    other = digits()
+    other.fingerprint = "other"
+    monkeypatch.setattr(fid.batches, "load", lambda cfg: other)
+    out = call(fid.main, str(tmp_path / "out" / "run"), "--num", "10", "--steps", "2", "--solver", "heun")
+    assert "was trained on other images than its data are now" in out
+
+
+def test_one_image_is_no_statistics_even_by_force():
+    with pytest.raises(UserError, match="1 images are too few for 64 features"):
+        fid.check_enough(1, 64, force=True)
+
+
 def test_scores_do_not_depend_on_the_order():
     images, labels = digits().reference(400)
     images = to_images(images)

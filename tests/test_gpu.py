@@ -463,8 +463,8 @@ def test_without_a_gpu_the_command_asks_for_a_dry_run(tmp_path, give_up):
 @pytest.mark.slow
 @needs_fork
 @pytest.mark.parametrize("command, figures", [
-    ("gpu", {"versions", "product", "copy", "attention", "gradients", "AdamW", "stage", "training", "end of a step",
-             "profile", "sampling", "curve", "loop"}),
+    ("gpu", {"versions", "product", "copy", "attention", "tests", "gradients", "AdamW", "stage", "training",
+             "end of a step", "profile", "sampling", "curve", "loop"}),
     ("gpu-quality", {"quality"}), ("gpu-colour", {"speed", "colour"})])
 def test_dry_run_of_every_section(command, figures, tmp_path, monkeypatch, capfd):
     """All sections finish on a CPU, without diffusers, from the command line to the lines."""
@@ -521,10 +521,12 @@ def test_training_step_on_the_gpu_does_not_wait():
     x1, y, rng = torch.randn(12, 4, 32, 32, device=GPU), torch.zeros(12, dtype=torch.long, device=GPU), BatchRandom(
         0, 0, 12, device=GPU)
     objective(x1, y, rng)[0].backward()
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as caught:    # the mode itself warns once that it is a prototype
         warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        objective(x1, y, rng)[0].backward()
-        torch.cuda.set_sync_debug_mode("default")
-    assert not caught
+        try:
+            torch.cuda.set_sync_debug_mode("warn")
+            objective(x1, y, rng)[0].backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert not [warning for warning in caught if "called a synchronizing" in str(warning.message)]
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)

@@ -326,6 +326,12 @@ def test_guidance_lasts_as_long_as_its_interval(interval, solver):
         assert torch.allclose(band, torch.tensor(expected), atol=1e-4), (band.mean(), expected)
 
 
+def test_names_of_classes_are_drawn_as_they_are(tmp_path):
+    name = "from $5_ to $10"                                # no formula
+    pictures.draw_images(tmp_path / "x.png", [[np.zeros((8, 8, 1), np.uint8), name]], [[name, name]], [name], [name])
+    assert (tmp_path / "x.png").stat().st_size > 1000
+
+
 def test_the_captions_of_a_grid_are_those_of_its_images(tmp_path, monkeypatch):
     drawn, images = [], np.arange(25, dtype=np.uint8).reshape(25, 1, 1, 1)
     monkeypatch.setattr(pictures, "draw_images", lambda path, rows, labels: drawn.append((rows, labels)))

@@ -544,6 +544,25 @@ def test_a_misspelt_option_deletes_no_run(tmp_path, setting):
     assert (Path(cfg.out) / "step-00000001.pt").exists()
 
 
+def test_a_fresh_start_that_cannot_be_keeps_the_run(tmp_path, monkeypatch):
+    cfg = tiny(tmp_path, steps=1)
+    train.train(cfg, device="cpu")
+    before = {path.name: path.read_bytes() for path in Path(cfg.out).iterdir()}
+    with pytest.raises(UserError, match="there is no run directory 'typo'"):
+        train.train(replace(cfg, init="typo"), fresh=True, device="cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
+        with pytest.raises(UserError, match="the checkpoints need"):
+            train.train(cfg, fresh=True, device="cpu")
+        patch.setattr(load.Run, "ready", lambda run: (_ for _ in ()).throw(UserError("no autoencoder")))
+        with pytest.raises(UserError, match="no autoencoder"):
+            train.train(cfg, fresh=True, device="cpu")
+    assert {path.name: path.read_bytes() for path in Path(cfg.out).iterdir()} == before
+    old = state(cfg)
+    train.train(replace(cfg, init=cfg.out, lr=0.0, lr_end=0.0), fresh=True, device="cpu")      # from its own weights
+    assert same(state(cfg)["model"], old["ema"])
+
+
 @pytest.mark.parametrize("problem", [UserError, OSError])
 def test_samples_that_fail_during_training_do_not_end_it(tmp_path, monkeypatch, capsys, problem):
     generate, calls = sample.generate, []
