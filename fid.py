@@ -221,8 +221,8 @@ class Samples:
         is_run = any(path.glob("step-*.pt")) or (path / "model.safetensors").exists() or path.suffix == ".pt"
         self.files, name = path if args.what and path.exists() and not is_run else None, args.what
         if self.files:
-            drew = gallery.read_report(path if path.is_dir() else path.parent).get("run", "")
-            name = drew if Path(drew or "-").exists() else None
+            drew = str(gallery.read_report(path if path.is_dir() else path.parent).get("run"))
+            name = drew if Path(drew).is_dir() else None
         if not (self.files and args.ref):
             self.run = load.load_run(name, args.raw, str(ranks.device), args.vae, args.noise_scale)
             self.settings = solver_settings(self.run.cfg, args)

@@ -170,7 +170,7 @@ def generate(run: Run, num: int, y: Tensor | None, seed: int = 0, batch: int = 2
 
 def main() -> None:
     parser = config.parser(__doc__, "python sample.py [RUN] [-n N] [options]")
-    parser.add_argument("run", nargs="?", help="run directory, export, or OWNER/NAME on the hub [the newest in out/]")
+    parser.add_argument("run", nargs="?", help="run, step-N.pt, export, or OWNER/NAME on the hub [newest in out/]")
     config.add_sampling_flags(parser)
     parser.add_argument("-n", "--num", type=int, default=40, help="number of images [40]")
     parser.add_argument("--out", help="directory to write [RUN/samples]")

@@ -171,7 +171,7 @@ def _folder(path: Path, split: str) -> Source:
         raise problem
 
     for directory, folders, inside in os.walk(path, followlinks=True, onerror=fail):
-        if os.path.realpath(directory) in map(os.path.realpath, Path(directory).parents):       # a link into a loop
+        if os.path.realpath(directory) in map(os.path.realpath, Path(directory).parents):       # a loop of links
             folders.clear()
             continue
         files += [os.path.relpath(os.path.join(directory, name), path).replace(os.sep, "/") for name in inside]

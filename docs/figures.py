@@ -108,12 +108,14 @@ SIDE_BY_SIDE = {
     "systems": dict(dataset="fashion", data=None, res=None, steps=2358, only=[
         "LapFlow", "LFM", "Pyramidal Flow", "PixelFlow", "EdifyImage", "DFM", "LapFlow, as in the paper"]),
     "crops": dict(dataset="folder", data="out/crops32", res=32, steps=1687, only=[
-        "LapFlow", "LapFlow, 4 coarse tokens", "LFM", "Pyramidal Flow"])}
+        "LapFlow", "LapFlow, 4 coarse tokens", "LFM", "Pyramidal Flow"]),
+    "crops64": dict(dataset="folder", data="out/crops64", res=64, size="96,4,3,4", steps=1687, only=[
+        "LapFlow", "LFM", "Pyramidal Flow"])}
 
 
 def draw_systems(path: Path, folder: Path) -> None:
     """A row of samples for each system of studies.compare. Raises UserError when its runs are not there."""
-    args = Namespace(**SIDE_BY_SIDE[path.stem], ablation=None, seeds=1, size=None, out=folder)
+    args = Namespace(**{"size": None, **SIDE_BY_SIDE[path.stem]}, ablation=None, seeds=1, out=folder)
     with contextlib.redirect_stdout(io.StringIO()):
         planned = compare.plan_runs(args)
     missing = [name for name, cfg in planned if not any(Path(cfg.out).glob("step-*.pt"))]

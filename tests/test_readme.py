@@ -29,8 +29,8 @@ PAGES = {name: (ROOT / name).read_text() for name in (
     "README.md", "docs/results.md", "docs/paper.md", "docs/scores.md", "CONTRIBUTING.md")}
 README = PAGES["README.md"]
 RESULTS = PAGES["docs/results.md"].replace("\n", " ")
-TABLES = {"fashion", "fashion_ablations", "fashion_steps", "fashion_guidance", "crops", "crops64", "garments", "presets",
-          "speed", "systems", "ablations", "gpu", "quality", "variety"}
+TABLES = {"fashion", "fashion_ablations", "fashion_steps", "fashion_guidance", "crops", "crops64", "garments",
+          "presets", "speed", "systems", "ablations", "gpu", "quality", "variety"}
 
 
 def section(title: str, page: str = README) -> str:
