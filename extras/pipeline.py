@@ -35,7 +35,7 @@ class LapFlowPipeline(DiffusionPipeline):
 
     def to(self, device: torch.device | str) -> "LapFlowPipeline":
         """Moves the network; it stays in float32."""
-        self.run.model.to(device)
+        self.run.model.to(device=device)                    # a dtype is refused
         return self
 
     def __call__(self, num: int | None = None, *, labels: list | None = None, vectors: object = None, seed: int = 0,
