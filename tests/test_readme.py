@@ -138,9 +138,19 @@ def means(rows: dict, key: str) -> dict:
 def test_what_the_pages_say_of_photographs_is_in_the_results():
     names = ("LapFlow", "LFM", "Pyramidal Flow", "LapFlow, 4 coarse tokens", "Pyramidal Flow, 16 coarse tokens")
     runs, _ = tables.of_one_length("crops", {name: compare.FOLDER_32[name] for name in names})
-    ours, lfm, pyramidal, four, sixteen = means(runs, "frechet").values()
-    assert (f"LapFlow ({ours:.2f}) is ahead of LFM ({lfm:.2f}) and level with Pyramidal Flow ({pyramidal:.2f}) in the "
-            f"classifier's Frechet distance only; with 4 coarse tokens, not 16, {four:.2f}.") in README
+    ours, lfm, pyramidal, _, sixteen = means(runs, "frechet").values()
+    large, _ = tables.of_one_length("crops64", {name: compare.IMAGES[name] for name in names[:3]})
+    larger = means(large, "frechet")
+    assert (f"LapFlow ({ours:.2f}) leads LFM ({lfm:.2f}) and is level with Pyramidal Flow ({pyramidal:.2f}) in the "
+            "classifier's Frechet distance only; at 64 x 64, one seed: {:.2f}, {:.2f}, {:.2f}.".format(
+                *larger.values())) in README
+    agreement, judged = (list(means(large, key).values()) for key in ("label_agreement", "frechet_efficientnet"))
+    ours_64, lfm_64, pyramidal_64 = larger.values()
+    assert (f"At 64 x 64 LapFlow is {100 * (1 - ours_64 / lfm_64):.0f}% closer than LFM (at 32 x 32 "
+            f"{100 * (1 - ours / lfm):.0f}%)") in RESULTS
+    assert "asked for in {:.0f}, {:.0f} and {:.0f}% of its images".format(*(100 * x for x in agreement)) in RESULTS
+    assert f"Pyramidal Flow is {100 * (1 - pyramidal_64 / ours_64):.0f}% closer than LapFlow" in RESULTS
+    assert "EfficientNet's distance {:.0f}, {:.0f} and {:.0f}".format(*judged) in RESULTS
     kernel = {name: [errors_apart(runs, "LapFlow", name, key) for key in ("kid", "kid_efficientnet")]
               for name in names[1:3]}
     both, _ = tables.of_one_length("crops", {
@@ -223,10 +233,12 @@ def test_what_the_text_says_of_the_ablations_on_garments_is_in_the_results():
             f"{behind('experts none')}, at the same training FLOPs but with fewer parameters") in RESULTS
     assert (f"0.33 and 0.67 are behind by {behind('starts 0.33, 0.67')} standard errors of the classifier's FD, 0.2 "
             f"and 0.4 by {behind('starts 0.2, 0.4')}") in RESULTS
+    assert f"0.7 and 0.9 are behind by {behind('starts 0.7, 0.9')}, with less of both" in RESULTS
     recall, agreement, distance = (means(runs, key) for key in ("recall", "label_agreement", "frechet"))
     starts = [f"starts {starts}" for starts in ("0.5, 0.8", "0.33, 0.67", "0.2, 0.4")]
     for values, sign in ((recall, -1), (agreement, 1)):
         assert [sign * values[name] for name in starts] == sorted(sign * values[name] for name in starts)
+    assert all(values["starts 0.7, 0.9"] < values["starts 0.5, 0.8"] for values in (recall, agreement))
     quadratic, cubic, gvp = (distance[f"path {path}"] / distance["path linear"] for path in (
         "quadratic", "cubic", "GVP"))
     assert (f"{quadratic:.1f} times as large with quadratic noise and {cubic:.1f} times with cubic") in RESULTS
