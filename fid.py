@@ -314,9 +314,11 @@ def main() -> None:
         if not ranks.first:
             return
         if samples.files:
-            print(f"samples    {args.what}" + ("" if args.ref else f", against the data of {samples.run.folder}"))
+            print(f"samples    {args.what}")
         if "nfe_segments" in samples.report:
             print(gallery.describe(samples.report))
+        if samples.files and samples.run:
+            print(f"against    the data of {samples.run.folder}")
         print(table(scores))
         result = {**samples.report, **scores}
         if not args.ref:

@@ -172,7 +172,7 @@ def test_files_are_scored_against_the_data_of_the_run_that_drew_them(tmp_path, m
         if name == "first":
             program("sample.py", "out/first", "-n", "20", "--steps", "2", "--solver", "heun")
     out = program("fid.py", "out/first/samples/samples.npz")
-    assert "samples    out/first/samples/samples.npz, against the data of out/first" in out
+    assert "samples    out/first/samples/samples.npz\n" in out and "against    the data of out/first\n" in out
 
 
 def test_changed_images_are_a_warning(tmp_path, monkeypatch, call):

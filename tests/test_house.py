@@ -179,7 +179,7 @@ def test_mini_fits_a_page():
 
 def test_all_code_together_has_a_limit():
     count = {name: lines(name) for name in FILES if name.split(".")[0] != "docs"}
-    assert sum(count.values()) <= 8654, count
+    assert sum(count.values()) <= 8656, count
 
 
 def test_the_readme_has_a_limit():
