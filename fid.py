@@ -28,7 +28,7 @@ import config
 import sample
 from config import UserError
 from data import batches, conditions, sources
-from run import gallery, graphs, load
+from run import checkpoint, gallery, graphs, load
 from run.log import check_record, record
 from run.ranks import Ranks
 from run.solver import solver_settings
@@ -218,10 +218,11 @@ class Samples:
 
     def __init__(self, args: argparse.Namespace, ranks: Ranks):
         path, self.args, self.ranks, self.run, self.report = Path(args.what or ""), args, ranks, None, {}
-        is_run = any(path.glob("step-*.pt")) or (path / "model.safetensors").exists() or path.suffix == ".pt"
+        is_run = checkpoint.steps(path) or (path / "model.safetensors").exists() or path.suffix == ".pt"
         self.files, name = path if args.what and path.exists() and not is_run else None, args.what
         if self.files:
-            drew = str(gallery.read_report(path if path.is_dir() else path.parent).get("run"))
+            self.folder = path if path.is_dir() else path.parent
+            drew = str(gallery.read_report(self.folder).get("run"))
             name = drew if Path(drew).is_dir() else None
         if not (self.files and args.ref):
             self.run = load.load_run(name, args.raw, str(ranks.device), args.vae, args.noise_scale)
@@ -229,7 +230,6 @@ class Samples:
         if self.files:
             self.num, self.parts = gallery.open_samples(self.files, args.batch, self.run and self.run.classes)
             self.shape = self.parts[0][1]()[0].shape[1:]
-            self.folder = self.files if self.files.is_dir() else self.files.parent
             return
         self.num, self.shape = args.num, self.run.image_shape
         self.folder = gallery.folder_of(self.run, argparse.Namespace(run=args.what, out=None)).parent

@@ -155,8 +155,9 @@ def scores(run: Run) -> str:
         report = checkpoint.read_json(file, "scores of a run") or {}
         if "n_reference" in report and (report.get("step"), report.get("weights")) == (run.step, run.weights):
             cost = f", {report['nfe']:g} calls of the network each" if "nfe" in report else ""
-            how = "".join(f", {key.replace('_', ' ')} {report[key]}" for key in (
-                "steps", "interval", "noise_scale", "labels", "vectors") if report.get(key) not in (None, [0, 1]))
+            keys = ("steps", "interval", "noise_scale", "labels", "vectors")
+            how = "".join(f", {key.replace('_', ' ')} {report[key]}" for key in keys
+                          if report.get(key) not in (None, [0, 1], "balanced"))
             parts.append(f"{report['num']} images, seed {report['seed']}, {report['solver']}, guidance "
                          f"{report['cfg_scale']:g}{how}{cost}; `real`: as many real images, scored the same way.\n\n"
                          f"```\n{table(report)}\n```")

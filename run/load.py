@@ -219,8 +219,8 @@ def fine_tune(model: MoTDiT, name: str, facts: dict) -> str:
     stay, which set the scale of the input."""
     _, state, which = read_state(name)
     weights, old = {key: x.float() for key, x in state[WEIGHTS[which]].items()}, state["data"]
-    there, here = (f"vectors of {facts['vectors'][1]}" if facts.get("vectors") else
-                   f"{len(facts.get('classes', ()))} classes" for facts in (old, facts))
+    there, here = (f"vectors of {of['vectors'][1]}" if of.get("vectors") else f"{len(of.get('classes', ()))} classes"
+                   for of in (old, facts))
     text, new = f"starting from the weights of {name} at step {state['step']}", "condition.examples"
     if there != here or old.get("classes") != facts["classes"]:
         weights = {key: value for key, value in weights.items() if not key.startswith("condition.")}
@@ -257,7 +257,7 @@ def export(run: Run, folder: Path) -> None:
     """Writes model.safetensors and config.json."""
     from safetensors.torch import save_file
 
-    if any(folder.glob("step-*.pt")):
+    if checkpoint.steps(folder):
         raise UserError(f"{folder} is the directory of a run, and an export cannot be in it too: choose another")
     with explain(f"the export cannot be written to {folder}", kinds=OSError):
         folder.mkdir(parents=True, exist_ok=True)

@@ -35,10 +35,10 @@ class Pixels:
         return pixel_features(images).astype(np.float32)
 
 
-def pixel_features(images: np.ndarray) -> np.ndarray:
-    """uint8 (N, H, W, C) -> float64 (N, 64 C): pixels in [0, 1], averaged to 8 x 8."""
+def pixel_features(images: np.ndarray, side: int = 8) -> np.ndarray:
+    """uint8 (N, H, W, C) -> float64 (N, side^2 C): pixels in [0, 1], averaged to side x side."""
     parts = [torch.tensor(images[i : i + 64]).permute(0, 3, 1, 2).double() / 255 for i in range(0, len(images), 64)]
-    return torch.cat([F.adaptive_avg_pool2d(x, 8).flatten(1) for x in parts]).numpy()
+    return torch.cat([F.adaptive_avg_pool2d(x, side).flatten(1) for x in parts]).numpy()
 
 
 class EfficientNet:

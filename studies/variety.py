@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,6 +29,7 @@ from run import load, log
 from run.load import Run
 from scores.classes import class_variance
 from scores.classifier import Classifier, load_classifier
+from scores.features import pixel_features
 from studies.output import markdown, origin
 
 BANDS = 3                                                   # in which the variance is counted
@@ -57,8 +57,7 @@ def scores(real: tuple, images: np.ndarray, labels: np.ndarray, judge: Classifie
         torch.from_numpy(side).permute(0, 3, 1, 2).float(), BANDS)] for side in (images, real[0]))
     band_variance = [class_variance(a, real[1], b, labels)["class_variance"]
                      for a, b in zip(real_bands, bands, strict=True)]
-    pixels, real_pixels = (F.adaptive_avg_pool2d(torch.from_numpy(side).permute(0, 3, 1, 2) / 255, min(
-        32, side.shape[1])).flatten(1).double().numpy() for side in (images, real[0]))              # 32 x 32 at most
+    pixels, real_pixels = (pixel_features(x, min(32, x.shape[1])) for x in (images, real[0]))
     within = np.concatenate([real_pixels[real[1] == c] - real_pixels[real[1] == c].mean(axis=0) for c in set(real[1])])
     axes = np.linalg.eigh(within.T @ within)[1][:, ::-1]                            # (D, D), the widest first
     components = [class_variance(real_pixels @ axes[:, part], real[1], pixels @ axes[:, part], labels).get(

@@ -217,6 +217,8 @@ def test_a_card_says_how_its_samples_were_drawn(tmp_path, program):
     program("fid.py", cfg.out, "-n", "10", "--labels", "7", "--noise-scale", "1,0.5", "--cfg", "3", "--cfg-interval",
             "0.1,0.5", "--solver", "heun", "--steps", "2")
     text = card.scores(load_run(cfg.out, device="cpu"))
+    program("fid.py", cfg.out, "-n", "10")         # its own settings need no words
+    assert ", labels balanced" not in card.scores(load_run(cfg.out, device="cpu"))
     for words in ("guidance 3", "steps 2", "interval [0.1, 0.5]", "noise scale [1.0, 0.5]", "labels 7"):
         assert words in text, text
 
