@@ -161,8 +161,8 @@ def evaluate(dataset: batches.Dataset, images: np.ndarray, y: np.ndarray | None,
     y: labels (N,), vectors (N, dim) or None. decode: data x1 -> uint8 images, as the run's own: latents are compared as
     the autoencoder gives them back. extractor: judge in its features, with equal n on all sides, in place of pixels."""
     count = max(2 * len(images), 2000)
-    test, labels = dataset.held_out is not None, None if y is None or np.ndim(y) > 1 else np.asarray(y)
-    side = dataset.held_out() if test else dataset
+    side, labels = dataset.real(), None if y is None or np.ndim(y) > 1 else np.asarray(y)
+    test = side is not dataset
     index = batches.epoch(len(side), 0, 0)
     index = index[:count] if labels is None else index[np.isin(side.labels[index], labels)][:count]     # of its classes
     if len(index) < (least := 10 if extractor else 5):
@@ -218,7 +218,7 @@ class Samples:
 
     def __init__(self, args: argparse.Namespace, ranks: Ranks):
         path, self.args, self.ranks, self.run, self.report = Path(args.what or ""), args, ranks, None, {}
-        is_run = checkpoint.steps(path) or (path / "model.safetensors").exists() or path.suffix == ".pt"
+        is_run = checkpoint.steps(path) or checkpoint.is_export(path) or path.suffix == ".pt"
         self.files, name = path if args.what and path.exists() and not is_run else None, args.what
         if self.files:
             self.folder = path if path.is_dir() else path.parent

@@ -180,9 +180,9 @@ class Dataset:
         index = epoch(len(self), seed, 0)[:count]
         return self.plain(index), self.conditions(index)
 
-    def test(self, count: int, seed: int = 0) -> tuple[Tensor, np.ndarray] | None:
-        """`reference` of the held-out split, None when there is none. Reads it the first time."""
-        return self.held_out().reference(count, seed) if self.held_out else None
+    def real(self) -> "Dataset":
+        """What samples are scored against: the test split, read the first time; itself where there is none."""
+        return self.held_out() if self.held_out else self
 
 
 class Images(Dataset):
@@ -290,6 +290,7 @@ def image_files(cfg: Config) -> Dataset:
     if cfg.dataset == "folder" and "test" in source.splits:
         try:
             test = sources.open_source(cfg.dataset, cfg.data, "test")
+            _ = cfg.condition == "vectors" and test.vectors()
             problem = "" if test.classes == source.classes else f"the split test of {cfg.data} has other classes"
         except UserError as error:
             problem = str(error)

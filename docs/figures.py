@@ -30,7 +30,7 @@ from data import batches
 from data.conditions import choose
 from docs import hero, steps
 from pyramid import down
-from run import load, pictures
+from run import checkpoint, load, pictures
 from studies import compare
 from studies.tables import lines, of_one_length
 
@@ -48,7 +48,7 @@ def command(*words) -> None:
 def digits_run(name: str | None) -> load.Run:
     """The trained run whose digits are shown. Raises UserError when it is not one of the digits with two bands."""
     folder = Path(name) if name else ROOT / "out" / "digits"
-    if not name and not any(folder.glob("step-*.pt")):
+    if not name and not checkpoint.steps(folder):
         print(f"there is no run in {folder} yet: python train.py, two minutes on two free cores", flush=True)
         command("train.py")
     run = load.load_run(str(folder.resolve()), device="cpu")
@@ -118,7 +118,7 @@ def draw_systems(path: Path, folder: Path) -> None:
     args = Namespace(**{"size": None, **SIDE_BY_SIDE[path.stem]}, ablation=None, seeds=1, out=folder)
     with contextlib.redirect_stdout(io.StringIO()):
         planned = compare.plan_runs(args)
-    missing = [name for name, cfg in planned if not any(Path(cfg.out).glob("step-*.pt"))]
+    missing = [name for name, cfg in planned if not checkpoint.steps(Path(cfg.out))]
     if missing:
         raise UserError(f"{path.name} stays as it is: {folder} lacks {len(missing)} of the {len(planned)} runs, "
                         f"hours of python -m studies.compare --dataset {args.dataset} --steps {args.steps}")

@@ -93,7 +93,7 @@ def licence_of(run: Run) -> tuple[str, str, str]:
     if run.cfg.init:
         licence, name = "unknown", ""
         text += " **The training started from other weights, whose data have a licence of their own: say it here.**"
-    elif (run.folder / "model.safetensors").exists():       # an export does not name them
+    elif checkpoint.is_export(run.folder):                  # an export does not name them
         text += " This was made from another export: whether its training started from other weights is not known."
     return licence, name, text
 

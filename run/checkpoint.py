@@ -30,13 +30,17 @@ def steps(run: Path) -> list[Path]:
     return sorted(run.glob("step-*.pt"), key=lambda path: path.name, reverse=True)
 
 
+def is_export(folder: Path) -> bool:
+    return (folder / "model.safetensors").exists()
+
+
 def path(run: Path, step: int) -> Path:
     return run / f"step-{step:08d}.pt"
 
 
 def prepare(run: Path, fresh: bool, room: int) -> None:
     """Makes the run directory, emptied of an old run when fresh. The checkpoints need `room` bytes of its disk."""
-    if (run / "model.safetensors").exists():
+    if is_export(run):
         raise UserError(f"{run} is an export, and a run cannot be in it too: choose another directory with --out")
     try:
         run.mkdir(parents=True, exist_ok=True)

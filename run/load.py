@@ -155,7 +155,7 @@ def load_run(name: str | None = None, raw: bool = False, device: str | None = No
     the newest run. vae: where its autoencoder is now; noise_scale: in place of the run's own."""
     folder, state, weights = read_state(name, raw)
     named = state["config"].get("vae")
-    if (folder / "model.safetensors").exists() and named and not vae and (
+    if checkpoint.is_export(folder) and named and not vae and (
             not HUB.fullmatch(str(named)) or Path(named.split("@")[0]).exists()):
         raise UserError(f"the export {folder} asks for an autoencoder in the folder {named!r}, but no file chooses "
                         "folders of this machine: name it yourself with --vae")
@@ -174,15 +174,16 @@ def read_state(name: str | None, raw: bool = False) -> tuple[Path, dict, str]:
         folder = sources.download(name, ["config.json", "model.safetensors"])
     if not folder.exists():
         raise UserError(f"there is no run directory {str(folder)!r}; train one with python train.py")
-    if (folder / "model.safetensors").exists():
+    if checkpoint.is_export(folder):
         state, weights = read_export(folder)
         if raw and weights != "raw":
             raise UserError(f"the export {folder} holds the averaged weights only: leave out --raw")
         return folder, state, weights
-    state = checkpoint.read(folder) if folder.is_file() else checkpoint.load_newest(folder)
-    if state is None:
+    if folder.is_file():
+        folder, state = folder.parent, checkpoint.read(folder)
+    elif (state := checkpoint.load_newest(folder)) is None:
         raise UserError(f"{str(folder)!r} holds no checkpoint; train with python train.py --out {folder}")
-    return folder.parent if folder.is_file() else folder, state, "raw" if raw or state["ema"] is None else "ema"
+    return folder, state, "raw" if raw or state["ema"] is None else "ema"
 
 
 def restore_model(cfg: Config, facts: dict, weights: dict, folder: Path, device: torch.device) -> torch.nn.Module:

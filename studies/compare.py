@@ -234,7 +234,7 @@ def measure_times(planned: list[tuple[str, Config]], args: argparse.Namespace, r
     """Seconds per image of each variant's first seed: in turn, alone on the machine, medians over the rounds."""
     lines = checkpoint.read_lines([args.record])
     ready = [(name, cfg, loaded(cfg, args.device), []) for name, cfg in planned
-             if cfg.seed == 0 and finished(lines, cfg, "time") is None and any(Path(cfg.out).glob("step-*.pt"))]
+             if cfg.seed == 0 and finished(lines, cfg, "time") is None and checkpoint.steps(Path(cfg.out))]
     for _ in range(rounds if ready else 0):
         for _, _, run, seconds in tqdm(ready, desc="timing", leave=False):
             seconds.append(train.draw(run, count, progress=False)[2]["seconds_per_image"])
@@ -323,7 +323,7 @@ def draw_samples(path: Path, planned: list[tuple[str, Config]], device: str | No
     """A row for each system, seed 0, of ten classes spread over all; then a row of real images of these classes."""
     rows, names, labels, titles = [], [], None, []
     for name, cfg in planned:
-        if cfg.seed == 0 and any(Path(cfg.out).glob("step-*.pt")):
+        if cfg.seed == 0 and checkpoint.steps(Path(cfg.out)):
             run = loaded(cfg, device)
             if run.classes:
                 labels = np.linspace(0, len(run.classes) - 1, 10).round().astype(int).tolist()
@@ -331,8 +331,7 @@ def draw_samples(path: Path, planned: list[tuple[str, Config]], device: str | No
             rows.append(list(run.sample(10, labels=labels)))
             names.append(name.replace(", ", ",\n"))
     if labels:
-        dataset = batches.load(run.cfg)
-        real = dataset.held_out() if dataset.held_out else dataset
+        real = batches.load(run.cfg).real()
         rows.append([run.decode(real.plain(np.flatnonzero(real.labels == label)[:1]))[0] for label in labels])
         names.append("real")
     if rows:

@@ -70,7 +70,7 @@ def scores(real: tuple, images: np.ndarray, labels: np.ndarray, judge: Classifie
 def measured(run: Run, num: int, batch: int = 200) -> Iterator[tuple[str, dict]]:
     """(name, scores) of each row, real images first."""
     dataset = batches.load(run.cfg)
-    test = dataset.test(2 * num) if dataset.classes else None
+    test = dataset.held_out().reference(2 * num) if dataset.classes and dataset.held_out else None
     if test is None or len(test[0]) < 2 * num:
         raise UserError(f"{run.cfg.dataset} has no classes, or no test split of {2 * num} images: variety needs both")
     images, labels = run.decode(test[0]), test[1]

@@ -355,15 +355,17 @@ def test_the_split_test_of_a_folder_is_held_out_and_read_when_asked_for(tmp_path
     cfg = config(data=str(tmp_path))
     images = batches.load(cfg)
     assert len(images) == 6 and images.classes == ["a", "b"]
-    x1, y = images.test(100)
+    x1, y = images.real().reference(100)
     assert x1.shape == (4, 3, 16, 16) and sorted(y) == [0, 0, 1, 1] and (x1[:, 1] > 0.5).all()
-    assert images.test(3)[0].shape == (3, 3, 16, 16) and not np.array_equal(images.test(4)[1], images.test(4, 1)[1])
-    assert (batches.load(config(data=str(tmp_path), condition="vectors")).test(4)[1] == 2).all()
+    test = images.real()
+    assert test.reference(3)[0].shape == (3, 3, 16, 16)
+    assert not np.array_equal(test.reference(4)[1], test.reference(4, 1)[1])
+    assert (batches.load(config(data=str(tmp_path), condition="vectors")).real().reference(4)[1] == 2).all()
     (tmp_path / "test" / "a" / "0.png").write_bytes(b"broken")
-    assert images.test(100)[0].shape[0] == 4                                        # it was read already
+    assert images.real().reference(100)[0].shape[0] == 4                                        # it was read already
     again = batches.load(cfg)                                                       # and here it was not
     with pytest.raises(UserError, match=r"test/a/0\.png"):
-        again.test(100)
+        again.real()
 
 
 def test_the_only_split_of_a_zip_is_no_top_directory(tmp_path):
@@ -389,14 +391,20 @@ def test_a_split_of_a_folder_has_any_of_its_names(tmp_path):
 def test_other_splits_are_not_held_out(tmp_path, capsys):
     save(tmp_path / "train" / "a" / "x.png")
     save(tmp_path / "val" / "a" / "x.png")
-    assert batches.load(config(data=str(tmp_path))).test(10) is None
+    assert batches.load(config(data=str(tmp_path))).held_out is None
     save(tmp_path / "test" / "b" / "x.png")
-    assert batches.load(config(data=str(tmp_path))).test(10) is None
+    assert batches.load(config(data=str(tmp_path))).held_out is None
     assert "the split test" in capsys.readouterr().out
     save(tmp_path / "test" / "stray.png")
-    assert batches.load(config(data=str(tmp_path))).test(10) is None
+    assert batches.load(config(data=str(tmp_path))).held_out is None
     assert "warning: " in (out := capsys.readouterr().out) and "both class folders and images" in out
-    assert batches.digits().test(10) is None
+    digits = batches.digits()
+    assert digits.held_out is None and digits.real() is digits
+    (tmp_path / "test" / "stray.png").unlink()
+    (tmp_path / "test" / "b").rename(tmp_path / "test" / "a")
+    np.save(tmp_path / "train" / "vectors.npy", np.ones((1, 2)))
+    assert batches.load(config(data=str(tmp_path), condition="vectors")).held_out is None
+    assert "warning: " in (out := capsys.readouterr().out) and "test/vectors.npy" in out   # not after the training
 
 
 def test_archives_of_other_systems(tmp_path):
@@ -471,7 +479,7 @@ def test_fashion_is_padded_and_has_a_test_split(clothes, monkeypatch):
     pixels = batches.to_uint8(x).numpy()[:, 0]
     assert np.array_equal(pixels[:, 2:-2, 2:-2], contents["train"][0])
     assert pixels.astype(int).sum() == contents["train"][0].astype(int).sum()       # the border is black
-    x1, y = dataset.test(50)
+    x1, y = dataset.real().reference(50)
     assert x1.shape == (10, 1, 32, 32) and sorted(y) == list(range(10))
     place = int(np.flatnonzero(y == 3)[0])
     assert np.array_equal(batches.to_uint8(x1).numpy()[place, 0, 2:-2, 2:-2], contents["t10k"][0][3])
@@ -491,7 +499,7 @@ def test_fashion_from_the_hub_is_the_same(clothes, monkeypatch):
     monkeypatch.setattr(fashion, "open_source", open_source)
     files, hub = (batches.load(config(dataset="fashion", res=32, data=where)) for where in (str(folder), "hf:x/y"))
     assert np.array_equal(files.pixels, hub.pixels) and files.fingerprint == hub.fingerprint
-    assert torch.equal(files.test(10)[0], hub.test(10)[0])
+    assert torch.equal(*(data.real().reference(10)[0] for data in (files, hub)))
 
 
 def png(array) -> bytes:

@@ -41,7 +41,8 @@ def test_real_until_hands_the_network_the_states_of_training(j, scale):
 
 def test_images_are_compared_with_others_than_those_they_go_on_from(monkeypatch):
     x1, labels, started = torch.arange(8).view(8, 1, 1, 1), np.arange(8) % 3, []
-    dataset = SimpleNamespace(classes=["a", "b", "c"], test=lambda count: (x1, labels))
+    dataset = SimpleNamespace(classes=["a", "b", "c"],
+                              held_out=lambda: SimpleNamespace(reference=lambda count: (x1, labels)))
     run = SimpleNamespace(cfg=Config(solver="euler", solver_steps=2), device="cpu", decode=lambda x: x.numpy())
     monkeypatch.setattr(variety.batches, "load", lambda cfg: dataset)
     monkeypatch.setattr(variety, "load_classifier", lambda *_: None)
