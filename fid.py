@@ -35,7 +35,7 @@ from run.solver import solver_settings
 from scores import features
 from scores import reference as references
 from scores.classes import class_scores, class_variance
-from scores.classifier import load_classifier
+from scores.classifier import SETTINGS, load_classifier
 from scores.features import pixel_features
 from scores.reference import Statistics, check_enough, load_extractor
 from scores.table import table
@@ -153,6 +153,16 @@ def originals(dataset: batches.Dataset, count: int, decode: Callable) -> np.ndar
     return dataset.originals
 
 
+def alike(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Rows of `found` with a label of `wanted`. For classes in turn as many of each, when they differ by a quarter."""
+    classes, want = np.unique(wanted, return_counts=True)
+    rows = [np.flatnonzero(found == label) for label in classes]
+    least, most = min(map(len, rows)), max(map(len, rows))
+    if np.ptp(want) <= 1 and most > 1.25 * least > 0:
+        rows = [part[:least] for part in rows]
+    return np.sort(np.concatenate(rows))
+
+
 def evaluate(dataset: batches.Dataset, images: np.ndarray, y: np.ndarray | None, decode: Callable,
              extractor: Callable | None = None, force: bool = False) -> dict:
     """Scores of generated images against the test split, or the training set where there is none, and, under "real",
@@ -164,7 +174,7 @@ def evaluate(dataset: batches.Dataset, images: np.ndarray, y: np.ndarray | None,
     side, labels = dataset.real(), None if y is None or np.ndim(y) > 1 else np.asarray(y)
     test = side is not dataset
     index = batches.epoch(len(side), 0, 0)
-    index = index[:count] if labels is None else index[np.isin(side.labels[index], labels)][:count]     # of its classes
+    index = (index if labels is None else index[alike(side.labels[index], labels)])[:count]
     if len(index) < (least := 10 if extractor else 5):
         raise UserError(f"the data show {len(index)} images of these classes: scores need at least {least}")
     parts, real_labels = sources.chunks_of(len(index), 256), side.conditions(index)
@@ -202,8 +212,9 @@ def compare(drawn: Statistics, reference: Statistics, force: bool = False) -> di
     if reference.features is not None:                      # mean and covariance alone are enough for the distance
         real, fake = (side[np.random.default_rng(1).permutation(len(side))]         # folders are sorted by class
                       for side in (reference.features, drawn.features))
-        some = {"real": real[:MANIFOLD], "fake": fake[:MANIFOLD]}
-        scores |= {"precision": precision(**some), "recall": recall(**some), "n_recall": min(MANIFOLD, n)}
+        most = min(MANIFOLD, len(real), len(fake))          # as many on both sides
+        some = {"real": real[:most], "fake": fake[:most]}
+        scores |= {"precision": precision(**some), "recall": recall(**some), "n_recall": most}
         scores["kid"], scores["kid_std"] = kid(real, fake, size=min(1000, len(real), len(fake)))
     return scores
 
@@ -243,7 +254,10 @@ class Samples:
         self.report holds how they were made, in the first process."""
         part, notes = slice(self.ranks.rank, None, self.ranks.world), []
         if self.files:
-            self.report = {**gallery.read_report(self.folder), "samples": self.args.what}
+            own = self.files.is_dir() or self.files.name == "samples.npz" or self.files.name.startswith("shard-")
+            self.report = (gallery.read_report(self.folder) if own else {}) | {"samples": self.args.what}
+            if self.run:
+                self.report["against"] = str(self.run.folder)
             yield from ((first, *read()) for first, read in self.parts[part])
             return
         arrays, chunks = gallery.arrays_of(self.y, self.num), sample.chunks_of(self.num, self.args.batch)[part]
@@ -270,6 +284,8 @@ def against_data(args: argparse.Namespace, samples: Samples, ranks: Ranks) -> di
     if samples.shape != run.image_shape:
         raise UserError(f"{samples.files} holds images of shape {samples.shape}; the run {run.folder} makes "
                         f"{run.image_shape}")
+    if name == "classifier":                                # before it is trained
+        check_enough(samples.num, SETTINGS["features"], args.force)
     if name != "pixels":
         extractor = (load_classifier(dataset, run.decode, run.device) if name == "classifier"
                      else load_extractor(args, name, ranks))
@@ -323,6 +339,8 @@ def main() -> None:
         result = {**samples.report, **scores}
         if not args.ref:
             name = "" if args.features in (None, "pixels") else f"-{args.features}"
+            if not samples.files and (samples.run.step < samples.run.cfg.steps or str(args.what).endswith(".pt")):
+                name += f"-step-{samples.run.step}"         # scores.json says that a run is finished
             with sources.explain(f"the scores cannot be written to {samples.folder}", kinds=OSError):
                 (samples.folder / f"scores{name}.json").write_text(json.dumps(result, indent=2))
         if args.record or args.ref:

@@ -245,14 +245,14 @@ def train(cfg: Config, fresh: bool = False, device: str | None = None, stop_afte
             job.began = began
             # what samples need, such as the autoencoder: if it is missing, say so now
             ranks.first_does(load.Run(cfg, job.model, job.facts, Path(cfg.out), 0, "raw").ready)
-            resume(job, fresh)
-        ranks.say(memory.summary(job.model, cfg, job.parts, ranks))
+            resume(job, fresh and not ranks.restarted)
+        ranks.say(memory.summary(job.model, cfg, job.facts, job.parts, ranks))
         stop.immediate = False                              # from here on a signal lets the step end: save, and return
         with memory.explained(job.model, cfg, job.parts, ranks), job.writer:
             loop(job, stop, began + stop_after)
         stopped = ranks.any(stop.asked)                     # perhaps in the last step
         if job.step < cfg.steps or stopped:
-            ranks.say(f"stopped at step {job.step}, saved; the same command continues")
+            ranks.say(f"stopped at step {job.step}, saved; the same command{' without --fresh' * fresh} continues")
         return job if ranks.first and job.step >= cfg.steps and not stopped else None
 
 
@@ -270,7 +270,7 @@ def main() -> None:
     cfg, stop_after = paper.resolve(given), config.seconds(stop_after)
     if dry_run:
         return print(memory.describe(cfg))
-    log.check_record(record)
+    log.check_record(record, cfg.logger)
     StopSignals.ignore()
     if job := train(cfg, fresh, device, stop_after):
         with StopSignals("stopped: the training is saved, the same command draws its samples", immediate=True):

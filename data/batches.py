@@ -264,12 +264,16 @@ def read_all(source: sources.Source, cfg: Config) -> Images:
     with sources.explain(f"{len(source):,} images of {cfg.res} x {cfg.res} are too many for the memory",
                          "; train on smaller ones, or on latents", kinds=MemoryError):
         pixels, good, bad = np.empty((len(source), 3, cfg.res, cfg.res), np.uint8), [], []
-    for i in tqdm(range(len(source)), desc="reading images", unit="file", leave=False, disable=not FIRST or None):
-        pixels[len(good)], problem = source.image_or_problem(i, cfg.res, cfg.skip_bad)
-        if problem:
-            bad.append(problem)
-        else:
-            good.append(i)
+    if FIRST:
+        source.warn_of_small(cfg.res)
+    with (tqdm(total=len(source), desc="reading images", unit="file", leave=False, disable=not FIRST or None) as bar,
+          ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool):
+        for part in sources.chunks_of(len(source), 256):
+            read = pool.map(lambda i: source.image_or_problem(i, cfg.res, cfg.skip_bad), part)
+            for i, (image, problem) in zip(part, read, strict=True):
+                pixels[len(good)] = image
+                (bad if problem else good).append(problem or i)
+                bar.update()
     if bad and FIRST:
         print(f"left out {len(bad)} of {len(source)} images: {'; '.join(bad[:5])}")
     if not good:

@@ -242,6 +242,7 @@ def encode(dataset: str, res: int, data: str, vae: str, out: Path, split: str = 
         if read_header(out)["complete"]:
             ranks.say(f"{out} is complete already")
         else:
+            ranks.first_does(lambda: source.warn_of_small(res))
             cache.fill(workers, skip_bad)
             ranks.first_does(cache.complete)
         return read_header(out)

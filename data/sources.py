@@ -7,7 +7,7 @@ project passes through `crop`, so training, encoding and scoring see the same pi
     DIR/cat/*.png  DIR/dog/...    one class for each subfolder, in natural order (9 before 10), at any depth below
     DIR/train/...  DIR/test/...   splits, each as above; test is held out, for scores
     FILE.zip                      as a folder
-    FILE.parquet, DIR/*.parquet   an image column, perhaps a label column
+    FILE.parquet, DIR/*.parquet   an image column, perhaps a column label, labels or fine_label
     hf:OWNER/NAME@REVISION        a parquet or image-folder data set of the hub
 
 With --condition vectors row i of vectors.npy, beside the images of a folder (in DIR/train when there are splits),
@@ -20,7 +20,7 @@ import os
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -74,6 +74,14 @@ class Source:
         failure = f"cannot read {self.names[i]!r} of {self.where}"
         with explain(failure), Image.open(self.open(i), formats=FORMATS) as image:
             return image.size
+
+    def warn_of_small(self, resolution: int) -> None:
+        """Says when images are enlarged; looks at 64 of them."""
+        some = np.linspace(0, len(self) - 1, min(64, len(self))).round().astype(int).tolist()
+        with suppress(UserError):                           # one that cannot be read is named when its turn comes
+            if small := sum(min(self.size(i)) < resolution for i in some):
+                print(f"warning: {small} of {len(some)} images of {self.where} are smaller than {resolution} x "
+                      f"{resolution}, and are enlarged")
 
     def image(self, i: int, resolution: int) -> np.ndarray:
         """Image i as uint8 (3, R, R)."""
@@ -219,6 +227,9 @@ def _parquet(where: str, split: str) -> Source:
         if isinstance(columns[image], datasets.Image):
             table = table.cast_column(image, datasets.Image(decode=False))
         label = next((name for name in ("label", "labels", "fine_label") if name in columns), None)
+        if label and getattr(columns[label], "dtype", "") == "string":
+            table = table.class_encode_column(label)        # texts are the names of classes
+            columns = table.features
         labels = [int(n) for n in table[label]] if label else [0] * len(table)
         classes = list(getattr(columns[label], "names", None) or map(str, range(max(labels) + 1))) if label else []
     if label and not 0 <= min(labels) <= max(labels) < len(classes):

@@ -49,7 +49,7 @@ def prepare(run: Path, fresh: bool, room: int) -> None:
         room -= sum(path.stat().st_size for path in steps(run))
         if (free := shutil.disk_usage(run).free) < room:
             raise UserError(f"the checkpoints need {room / 1e9:.1f} GB more, but there are {free / 1e9:.1f} GB free "
-                            f"for {run}: choose another directory with --out, or keep fewer with --keep")
+                            f"for {run}: choose another directory with --out, or keep fewer: --keep, --keep-every")
         old = [*steps(run), run / "metrics.jsonl", run / "scores.jsonl"] if fresh else []
         for file in [*run.glob("step-*.tmp"), *old]:
             file.unlink(missing_ok=True)
@@ -148,15 +148,16 @@ class Writer:
             self.wait()
 
 
-def read(path: Path, checked: bool = False) -> dict:
+def read(path: Path, checked: bool = False, mapped: bool = False) -> dict:
     """The contents of one checkpoint, on the CPU. Raises UserError when it is damaged, foreign, or of another version.
-    checked: another process has verified it; it is then mapped into memory that the processes of a machine share."""
+    checked: another process has verified it. Then, and when mapped, only what is used of the file is read, into memory
+    that the processes of a machine share."""
     try:
         if not checked:
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():
                     raise UserError(f"the checkpoint {path} is damaged: the checksum of {damaged!r} is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=checked)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=checked or mapped)
     except UserError:
         raise
     except pickle.UnpicklingError:
@@ -215,12 +216,12 @@ def read_lines(files: Iterable[Path]) -> list[dict]:
     return [entry for entry in entries if isinstance(entry, dict)]
 
 
-def load_newest(run: Path) -> dict | None:
+def load_newest(run: Path, mapped: bool = False) -> dict | None:
     """The newest whole checkpoint of a run, or None without any. A damaged one is named and skipped."""
     files = steps(run)
     for file in files:
         try:
-            return read(file)
+            return read(file, mapped=mapped)
         except UserError as problem:
             print(f"warning: {problem}; trying the one before it", file=sys.stderr)
     if files:

@@ -180,8 +180,8 @@ def read_state(name: str | None, raw: bool = False) -> tuple[Path, dict, str]:
             raise UserError(f"the export {folder} holds the averaged weights only: leave out --raw")
         return folder, state, weights
     if folder.is_file():
-        folder, state = folder.parent, checkpoint.read(folder)
-    elif (state := checkpoint.load_newest(folder)) is None:
+        folder, state = folder.parent, checkpoint.read(folder, mapped=True)
+    elif (state := checkpoint.load_newest(folder, mapped=True)) is None:
         raise UserError(f"{str(folder)!r} holds no checkpoint; train with python train.py --out {folder}")
     return folder, state, "raw" if raw or state["ema"] is None else "ema"
 

@@ -60,7 +60,7 @@ class Log:
                 keep_lines(file, lambda line: line["step"] <= step)
             keep_lines(starts, lambda line: line["step"] < step)                # not of a start that saved nothing
             checkpoint.append_line(starts, {"step": step, **provenance(ranks.device)})
-            self.logger = open_logger(cfg, self.out)
+            self.logger = open_logger(cfg, self.out, step)
         self.clear()
 
     def clear(self) -> None:
@@ -101,7 +101,7 @@ class Log:
     def write(self) -> dict:
         """One line for the steps since the last. Steps that were not applied are named and left out; PATIENCE of them
         in a row raise UserError."""
-        rows = self.ranks.sum(torch.stack(self.rows)).double().cpu()                # waits for device and processes
+        rows = self.ranks.sum(torch.stack(self.rows)).cpu().double()                # waits for device and processes
         first, applied, norms = 0, [], torch.stack([norm for _, _, norm in self.steps]).tolist()
         for (step, end, _), norm in zip(self.steps, norms, strict=True):
             row, first = rows[first:end].sum(dim=0).tolist(), end
@@ -168,16 +168,20 @@ def ratio(total: float, count: float) -> float | None:
     return total / count if count else None
 
 
-def open_logger(cfg: Config, out: Path) -> Callable | None:
-    """A function that takes a line of metrics, or None."""
-    if not cfg.logger:
-        return None
+def summary_writer() -> type:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError("--logger tensorboard needs its package: pip install tensorboard; metrics.jsonl is written "
                         "without it") from None
-    writer = SummaryWriter(out / "tensorboard")
+    return SummaryWriter
+
+
+def open_logger(cfg: Config, out: Path, step: int) -> Callable | None:
+    """A function that takes a line of metrics, or None. Lines after `step`, of an earlier start, are hidden."""
+    if not cfg.logger:
+        return None
+    writer = summary_writer()(out / "tensorboard", purge_step=step + 1)
 
     def write(line):
         bands = {f"loss_bands/{i}": loss for i, loss in enumerate(line["loss_bands"])}
@@ -193,8 +197,10 @@ def open_logger(cfg: Config, out: Path) -> Callable | None:
 # results lines
 
 
-def check_record(file: str | Path | None) -> None:
-    """Raises UserError, before the work, when a result could not be appended to the file."""
+def check_record(file: str | Path | None, logger: str = "") -> None:
+    """Raises UserError, before the work, when a result could not be appended to the file, or the logger is missing."""
+    if logger:
+        summary_writer()
     if file:
         with explain(f"results cannot be appended to {file}", kinds=OSError):
             Path(file).parent.mkdir(parents=True, exist_ok=True)

@@ -142,12 +142,16 @@ def tokens_by_stage(model: torch.nn.Module) -> str:
     return ", ".join(str(model.tokens(stage)) for stage in range(model.num_scales))
 
 
-def summary(model: torch.nn.Module, cfg: Config, parts: list[slice], ranks: Ranks) -> str:
+def summary(model: torch.nn.Module, cfg: Config, facts: dict, parts: list[slice], ranks: Ranks) -> str:
     """What a run is: the settings that differ from the defaults, and its size."""
     default = Config()
     changes = [f"{name} {','.join(map(str, value)) if isinstance(value, tuple) else value}"
                for name, value in vars(cfg).items() if name not in ("out", "latents") and value != vars(default)[name]]
+    classes = facts["classes"]
+    names = ", ".join(classes[:3] + ["..."][: len(classes) - 3])
+    condition = f"{len(classes)} classes ({names})" if names else "vectors" if facts["vectors"] else "no classes"
     return (f"run        {cfg.out}: {', '.join(changes) or 'the defaults'}\n"
+            f"data       {facts['count']:,} images, {condition}\n"
             f"model      {parameters(model) / 1e6:.2f} M parameters, {tokens_by_stage(model)} tokens by stage\n"
             f"batch      {cfg.batch} images = {ranks.world} x {len(parts)} x {parts[0].stop - parts[0].start} "
             f"(processes, micro-batches, images), on {ranks.device}")

@@ -149,6 +149,11 @@ class Ranks:
         """The process that prints, saves and scores."""
         return self.rank == 0
 
+    @property
+    def restarted(self) -> bool:
+        """True when torchrun has started these processes again, after one of them died."""
+        return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
     def say(self, text: str) -> None:
         if self.first:
             print(text, flush=True)

@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from config import Config, UserError
+from config import Config, UserError, check_solver
 
 FIXED = {"euler": "euler", "midpoint": "midpoint", "heun": "heun2", "rk2": "heun2", "rk4": "rk4"}  # torchdiffeq's names
 
@@ -32,6 +32,7 @@ def solver_settings(cfg: Config, args: argparse.Namespace | None = None) -> dict
         settings["steps"] = given.get("steps", cfg.solver_steps)
         if "rtol" in given or "atol" in given:
             raise UserError(f"the solver {solver} has no tolerance: leave out --rtol and --atol, or use dopri5")
+    check_solver(solver, settings["steps"])
     return settings
 
 

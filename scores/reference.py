@@ -133,6 +133,7 @@ def main() -> None:
         raise UserError("--res and --batch must be at least 1")
     with Ranks.start(args.device) as ranks:
         source = open_source(args.dataset, args.data, args.split)
+        ranks.first_does(lambda: source.warn_of_small(args.res))
         extractor = load_extractor(args, args.features, ranks)
         how = {"extractor": extractor.identity, "res": args.res, "source": args.data,
                "crop": "ADM: box halving, bicubic, centre", "fingerprint": source.fingerprint}

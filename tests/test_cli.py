@@ -149,6 +149,26 @@ def test_train_sample_score(program, give_up, tmp_path):
     assert line["n"] == 20 and line["nfe"] == 4 and "--record" in line["command"] and line["real"]["n"] == 20
     out = program("fid.py", "images/samples.npz")
     assert "12 generated images against 179" in out                             # the sevens only
+    assert "guidance   1.5" in out
+    assert json.loads((tmp_path / "images" / "scores.json").read_text())["against"] == "out/digits"
+    np.savez(tmp_path / "images" / "other.npz", images=np.zeros((12, 8, 8, 1), np.uint8), labels=np.full(12, 7))
+    assert "guidance" not in program("fid.py", "images/other.npz")                # which sample.py did not draw
+
+    before = (run / "scores.json").read_text()              # those of the end of the training
+    program("fid.py", "out/digits/step-00000006.pt", "--num", "20", "--solver", "euler", "--steps", "4")
+    assert (run / "scores.json").read_text() == before and (run / "scores-step-6.json").exists()
+    assert "dopri5 chooses its own steps" in give_up("sample.py", "--solver", "dopri5", "--steps", "4", "--out", "images")
+    assert not (tmp_path / "images" / "job.json").exists()                        # the samples stay whole
+    assert "too few for 128 features" in give_up("fid.py", "--features", "classifier", "--num", "20")
+    assert not list(tmp_path.glob("judges/*"))                                    # nothing was trained for it
+
+
+def test_scores_of_a_run_in_training_do_not_say_that_it_is_finished(program, tmp_path):
+    out = program("train.py", *QUICK, "--steps", "40", "--stop-after", "0s", "--fresh")
+    assert "the same command without --fresh continues" in out
+    program("fid.py", "--num", "20", "--solver", "euler", "--steps", "4")
+    run = tmp_path / "out" / "digits"
+    assert not (run / "scores.json").exists() and list(run.glob("scores-step-*.json"))
 
 
 @pytest.mark.slow                                           # counts the FLOPs of every row of the paper

@@ -233,7 +233,8 @@ def test_a_rare_class_is_compared_with_all_its_images_and_none_are_floats_togeth
     plain, fake = dataset.plain, pixels[:40].transpose(0, 2, 3, 1)
     dataset.plain = lambda index: seen.append(len(index)) or plain(index)
     assert fid.evaluate(dataset, fake, np.ones(40, int), to_images)["n_reference"] == 12
-    assert fid.evaluate(dataset, fake, np.arange(40) % 2, to_images)["n_reference"] == 2000
+    assert fid.evaluate(dataset, fake, np.arange(40) % 2, to_images)["n_reference"] == 24
+    assert fid.evaluate(dataset, fake, (np.arange(40) < 1).astype(int), to_images)["n_reference"] == 2000
     assert max(seen) == 256
     with pytest.raises(UserError, match="^the data show 3 images of these classes: scores need at least 5$"):
         fid.evaluate(dataset, fake, np.full(40, 2), to_images)
@@ -277,6 +278,21 @@ def test_pixel_features_average_to_8_by_8():
     features = fid.pixel_features(image)
     assert features.shape == (2, 192)
     assert features[1].reshape(3, 8, 8)[2, 0, 1] == pytest.approx(image[1, :4, 4:8, 2].mean() / 255)
+
+
+def test_classes_in_turn_are_compared_with_as_many_real_images_of_each():
+    """A perfect generator of nine images of one class for one of the other is not far from the data."""
+    labels = (np.arange(3000) % 10 == 0).astype(int)
+    pixels = (rng.integers(0, 60, (3000, 1, 8, 8)) + 150 * labels[:, None, None, None]).astype(np.uint8)
+    dataset = Images(pixels, labels, ["a", "b"])
+    y = np.arange(200) % 2                                  # drawn in turn
+    fake = (rng.integers(0, 60, (200, 8, 8, 1)) + 150 * y[:, None, None, None]).astype(np.uint8)
+    scores = fid.evaluate(dataset, fake, y, to_images)
+    assert scores["n_reference"] == 600 and scores["frechet_pixel"] < 2 * scores["real"]["frechet_pixel"]
+    drawn = (np.arange(200) % 10 == 0).astype(int)          # in the data's proportions: all of them
+    assert fid.evaluate(dataset, fake, drawn, to_images)["n_reference"] == 2000
+    nearly = np.repeat([0, 1], (600, 500))
+    assert len(fid.alike(nearly, y)) == 1100 and len(fid.alike(np.zeros(30, int), y)) == 30
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -177,6 +177,11 @@ def test_mini_fits_a_page():
     assert lines("mini") <= 45
 
 
+def test_float64_is_made_on_the_cpu():
+    """A Mac's GPU has none."""
+    assert [name for name, tree in TREES.items() if ".double().cpu()" in ast.unparse(tree)] == []
+
+
 def test_all_code_together_has_a_limit():
     count = {name: lines(name) for name in FILES if name.split(".")[0] != "docs"}
     assert sum(count.values()) <= 8656, count

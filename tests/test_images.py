@@ -307,6 +307,16 @@ def test_files_without_permission_are_named(tmp_path, capsys):
         folder.chmod(0o700)
 
 
+def test_images_that_are_enlarged_are_counted(tmp_path, capsys):
+    for i in range(100):
+        Image.new("RGB", (8, 40) if i < 25 else (32, 40)).save(tmp_path / f"{i}.png")
+    images = batches.load(Config(dataset="folder", data=str(tmp_path), res=32))
+    assert len(images) == 100 and "warning: 16 of 64 images of" in (out := capsys.readouterr().out)
+    assert "smaller than 32 x 32, and are enlarged" in out
+    batches.load(Config(dataset="folder", data=str(tmp_path), res=8))
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_what_the_system_refuses_is_said(tmp_path, monkeypatch):
     """Permissions again, for those who are root: a class folder that cannot be listed is not silently empty."""
     folder_of(tmp_path / "images" / "cat", "a.png")

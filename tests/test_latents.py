@@ -499,6 +499,8 @@ def test_parquet_with_and_without_labels(tmp_path, write_parquet):
     dataset = batches.load(Config(dataset="folder", data=str(tmp_path / "d"), res=16))
     assert len(dataset) == 4 and sorted(dataset.real().reference(4)[1]) == [0, 1, 1, 2]
     assert sources.open_source("folder", write_parquet("plain.parquet", {})).classes == []
+    named = sources.open_source("folder", write_parquet("names.parquet", {"label": ["cat", "ant", "cat", "bee"]}))
+    assert named.classes == ["ant", "bee", "cat"] and named.labels == [2, 0, 2, 1]
     unlabelled = write_parquet("unlabelled.parquet", {"label": [-1] * 4}, label=datasets.Value("int64"))
     with pytest.raises(UserError, match="labels from -1 to -1, but there are 0 classes"):
         sources.open_source("folder", unlabelled)

@@ -345,7 +345,7 @@ def test_torchrun_trains_what_python_trains(tmp_path):
 def test_a_killed_worker_restarts_and_ends_with_the_same_weights(tmp_path):
     """torchrun --max-restarts: kill -9 between two checkpoints; the end is that of the undisturbed run, bit for bit."""
     process = start(tmp_path, *FLAGS, "--steps", "80", "--save-every", "10", "--log-every", "10", "--stages", "batch",
-                    "--out", "killed", torchrun=["--max-restarts=2"])
+                    "--fresh", "--out", "killed", torchrun=["--max-restarts=2"])
     try:
         at_first_checkpoint(tmp_path / "killed")
         os.kill(worker(process.pid, 1), signal.SIGKILL)

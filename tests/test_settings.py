@@ -655,7 +655,8 @@ def test_shard(tmp_path, monkeypatch):
 def test_logger(tmp_path, monkeypatch):
     numbers = []
     writer = SimpleNamespace(add_scalar=lambda *number: numbers.append(number), flush=lambda: None)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=lambda folder: writer))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(
+        SummaryWriter=lambda folder, purge_step: writer))
     for logger in ("", "tensorboard"):
         numbers.clear()
         run = watch_data(tmp_path, f"run-{logger}", logger=logger)

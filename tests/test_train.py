@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shlex
 import signal
 import sys
 import threading
@@ -675,14 +676,44 @@ def test_a_trajectory_says_when_a_band_begins(tmp_path, monkeypatch):
 
 
 def test_tensorboard_gets_the_numbers(tmp_path, monkeypatch):
-    numbers = []
+    numbers, purged = [], []
     writer = types.SimpleNamespace(add_scalar=lambda *number: numbers.append(number), flush=lambda: None)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard",
-                        types.SimpleNamespace(SummaryWriter=lambda folder: writer))
+                        types.SimpleNamespace(SummaryWriter=lambda _, purge_step: purged.append(purge_step) or writer))
     train.train(tiny(tmp_path, logger="tensorboard", steps=5), device="cpu")
     names, values, steps = zip(*numbers, strict=True)
     assert {"loss", "loss_bands/0", "lr"} <= set(names) and set(steps) == {5}
     assert all(isinstance(value, (int, float)) for value in values)
+    train.train(tiny(tmp_path, logger="tensorboard", steps=10), device="cpu")
+    assert purged == [1, 6]                                 # curves of steps that are taken again are hidden
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(UserError, match="--logger tensorboard needs its package: pip install tensorboard"):
-        train.train(tiny(tmp_path, "without", logger="tensorboard"), device="cpu")
+    before = state(tiny(tmp_path))
+    for call in (lambda: train.train(tiny(tmp_path, "without", logger="tensorboard"), device="cpu"), train.main):
+        monkeypatch.setattr(sys, "argv", shlex.split(f"train.py --fresh --logger tensorboard --out {tmp_path}/run"))
+        with pytest.raises(UserError, match="--logger tensorboard needs its package: pip install tensorboard"):
+            call()
+    assert state(tiny(tmp_path))["step"] == before["step"] == 10                  # --fresh deleted nothing
+
+
+def test_a_restart_by_torchrun_does_not_start_afresh_again(tmp_path, monkeypatch, capsys):
+    cfg = tiny(tmp_path)
+    train.train(replace(cfg, steps=10), device="cpu")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert train.train(cfg, fresh=True, device="cpu").resumed_at == 10
+    out = capsys.readouterr().out
+    assert "data       1,797 images, 10 classes (0, 1, 2, ...)" in out and "continuing" in out
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert train.train(cfg, fresh=True, device="cpu").resumed_at == 0
+
+
+def test_what_is_sampled_is_mapped_from_the_file(tmp_path, monkeypatch):
+    """Eight processes of torchrun share it, and its optimizer is not read. Training reads its own copy."""
+    cfg, read, mapped = tiny(tmp_path, steps=2), torch.load, []
+    train.train(cfg, device="cpu")
+    monkeypatch.setattr(torch, "load", lambda *x, mmap, **more: mapped.append(mmap) or read(*x, mmap=mmap, **more))
+    run = load.load_run(cfg.out, device="cpu")
+    step = load.load_run(str(checkpoint.path(Path(cfg.out), 2)), device="cpu")
+    train.train(replace(cfg, steps=4), device="cpu")
+    assert mapped == [True, True, False]
+    checkpoint.path(Path(cfg.out), 2).unlink()              # as training does while somebody samples
+    assert np.array_equal(run.sample(4), step.sample(4))
