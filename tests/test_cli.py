@@ -157,7 +157,7 @@ def test_train_sample_score(program, give_up, tmp_path):
     before = (run / "scores.json").read_text()              # those of the end of the training
     program("fid.py", "out/digits/step-00000006.pt", "--num", "20", "--solver", "euler", "--steps", "4")
     assert (run / "scores.json").read_text() == before and (run / "scores-step-6.json").exists()
-    assert "dopri5 chooses its own steps" in give_up("sample.py", "--solver", "dopri5", "--steps", "4", "--out", "images")
+    assert "dopri5 chooses its own steps" in give_up(*"sample.py --solver dopri5 --steps 4 --out images".split())
     assert not (tmp_path / "images" / "job.json").exists()                        # the samples stay whole
     assert "too few for 128 features" in give_up("fid.py", "--features", "classifier", "--num", "20")
     assert not list(tmp_path.glob("judges/*"))                                    # nothing was trained for it
