@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 DATASETS = ("digits", "fashion", "folder", "celebahq", "imagenet")
@@ -86,7 +86,7 @@ class Config:
     space: str = option("pixel", "train on pixel, or on latent: those of --vae, encoded before by data.latents")
     vae: str = option("", "AutoencoderKL of diffusers: a folder, or OWNER/NAME, OWNER/NAME@REVISION on the hub")
     latents: str = option("", "directory of the latent cache [latents/DATASET-RES-VAE/train]", free=True)
-    flip: bool = option(True, "mirror half of the training images (not the digits)")
+    flip: bool = option(True, "mirror half of the training images (never digits or garments)")
     skip_bad: bool = option(False, "leave out images that cannot be read; they are named and counted")
     init: str = option("", "start from the weights of this run, checkpoint or export (fine-tuning)")
     out: str = option("", "directory of the run [out/PRESET]", free=True)
@@ -116,7 +116,7 @@ class Config:
     batch: int = option(128, "images per optimizer step, over all processes")
     micro_batch: int = option(0, "most images a process takes at once [what fits the GPU's memory]", free=True)
     lr: float = option(1e-2, "peak learning rate of AdamW")
-    lr_end: float = option(1e-4, "learning rate at the last step; the way there is a cosine")
+    lr_end: float = option(1e-4, "where the learning rate ends; the way there is a cosine")
     warmup: int = option(100, "steps of linear warm-up")
     beta2: float = option(0.95, "second beta of AdamW")
     weight_decay: float = option(0.0, "weight decay of AdamW")
@@ -153,9 +153,7 @@ class Config:
                     text = f"at least {least}" + (f" and below {below}" if below < 2**63 else "")
                     raise UserError(f"{name} must be {text}, not {getattr(self, name)}")
         for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                known = ", ".join(choice for choice in choices if choice)
-                raise UserError(f"unknown {name} {getattr(self, name)!r}; choose one of {known}")
+            check_choice(name, getattr(self, name), choices)
         self.check_combinations()
         if not self.starts:                                 # dfm: see baselines/dfm.py
             starts = [(0.9 if i else 0.0) if self.method == "dfm" else i / self.num_scales
@@ -213,10 +211,15 @@ class Config:
         return cls(**values)
 
 
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Raises UserError for a value that is not one of the choices."""
+    if value not in choices:
+        raise UserError(f"unknown {name} {value!r}; choose one of {', '.join(filter(None, choices))}")
+
+
 def check_solver(solver: str, steps: int | None, flag: str = "--steps") -> None:
     """Raises UserError for an unknown solver, for steps of an adaptive one, and for a fixed-step one without."""
-    if solver not in SOLVERS:
-        raise UserError(f"unknown solver {solver!r}; choose one of {', '.join(SOLVERS)}")
+    check_choice("solver", solver, SOLVERS)
     if steps is not None and steps < 0:
         raise UserError(f"a solver cannot take {steps} steps")
     if solver == "dopri5" and steps:

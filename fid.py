@@ -40,6 +40,8 @@ from scores.features import pixel_features
 from scores.reference import Statistics, check_enough, load_extractor
 from scores.table import table
 
+MANIFOLD = 10_000                                           # images of each side for precision and recall, at most
+
 # ---------------------------------------------------------------------------------------------------------------------
 # distances between sets of features (N, D)
 
@@ -63,7 +65,7 @@ def statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _distances(points: np.ndarray, centres: np.ndarray) -> Iterator[torch.Tensor]:
     """Euclidean distances to all centres, ten million at a time."""
     points, centres = (torch.as_tensor(np.asarray(x), dtype=torch.float64) for x in (points, centres))
-    exact = points.shape[1] <= 512 and len(centres) <= MANIFOLD                     # equal points at 0; else hours
+    exact = points.shape[1] <= 512 and len(centres) <= MANIFOLD     # equal points are at 0; for more it takes hours
     mode = "donot_use_mm_for_euclid_dist" if exact else "use_mm_for_euclid_dist"
     return (torch.cdist(part, centres, compute_mode=mode) for part in points.split(1 + 10**7 // len(centres)))
 
@@ -153,12 +155,13 @@ def originals(dataset: batches.Dataset, count: int, decode: Callable) -> np.ndar
     return dataset.originals
 
 
-def alike(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Rows of `found` with a label of `wanted`. For classes in turn as many of each, when they differ by a quarter."""
-    classes, want = np.unique(wanted, return_counts=True)
-    rows = [np.flatnonzero(found == label) for label in classes]
+def rows_of_classes(labels: np.ndarray, fake_labels: np.ndarray) -> np.ndarray:
+    """Rows of the real images whose class was generated; equally many of each where the classes were generated in turn
+    and the real ones differ by more than a quarter."""
+    classes, counts = np.unique(fake_labels, return_counts=True)
+    rows = [np.flatnonzero(labels == label) for label in classes]
     least, most = min(map(len, rows)), max(map(len, rows))
-    if np.ptp(want) <= 1 and most > 1.25 * least > 0:
+    if np.ptp(counts) <= 1 and most > 1.25 * least > 0:
         rows = [part[:least] for part in rows]
     return np.sort(np.concatenate(rows))
 
@@ -174,7 +177,7 @@ def evaluate(dataset: batches.Dataset, images: np.ndarray, y: np.ndarray | None,
     side, labels = dataset.real(), None if y is None or np.ndim(y) > 1 else np.asarray(y)
     test = side is not dataset
     index = batches.epoch(len(side), 0, 0)
-    index = (index if labels is None else index[alike(side.labels[index], labels)])[:count]
+    index = (index if labels is None else index[rows_of_classes(side.labels[index], labels)])[:count]
     if len(index) < (least := 10 if extractor else 5):
         raise UserError(f"the data show {len(index)} images of these classes: scores need at least {least}")
     parts, real_labels = sources.chunks_of(len(index), 256), side.conditions(index)
@@ -193,9 +196,6 @@ def evaluate(dataset: batches.Dataset, images: np.ndarray, y: np.ndarray | None,
         scores["real"] = compared_real(real[real_against], real_labels[real_against], real[:n],
                                        None if labels is None else real_labels[:n])
     return {**scores, "split": "test" if test else "training"}
-
-
-MANIFOLD = 10_000                                           # images of each side for precision and recall, at most
 
 
 def compare(drawn: Statistics, reference: Statistics, force: bool = False) -> dict:
@@ -260,7 +260,7 @@ class Samples:
                 self.report["against"] = str(self.run.folder)
             yield from ((first, *read()) for first, read in self.parts[part])
             return
-        arrays, chunks = gallery.arrays_of(self.y, self.num), sample.chunks_of(self.num, self.args.batch)[part]
+        arrays, chunks = gallery.arrays_of(self.y, self.num), sources.chunks_of(self.num, self.args.batch)[part]
         y = arrays.get("vectors", arrays["labels"])
         for numbers, images, note in sample.draw_batches(self.run, chunks, self.y, self.args.seed, **self.settings):
             notes.append(note)

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from config import CHOICES, UserError, parse_size
+from config import CHOICES, UserError, check_choice, parse_size
 from data.conditions import Labels
 from pyramid import reconstruct
-from run.modern import SwiGLU, rotary_angles, rotate
+from run.modern import SwiGLU, over_grid, rotary_angles, rotate
 
 EXPERTS = ("full", "qkv", "none")
 MASKS = ("causal", "none", "self")
@@ -30,8 +30,7 @@ MASKS = ("causal", "none", "self")
 def check_model(resolution: int, patches: list[int], experts: str, mask: str, block: str) -> None:
     """Raises UserError for a resolution that does not fit the patches of all bands, and for an unknown option."""
     for name, x, known in (("experts", experts, EXPERTS), ("mask", mask, MASKS), ("block", block, CHOICES["block"])):
-        if x not in known:
-            raise UserError(f"unknown {name} {x!r}; choose one of {', '.join(known)}")
+        check_choice(name, x, known)
     step = lcm(*(p << k for k, p in enumerate(reversed(patches))))
     if resolution < 1 or resolution % step:
         raise UserError(f"a model input of {resolution} x {resolution} does not fit {len(patches)} scales with patches "
@@ -44,15 +43,9 @@ def check_model(resolution: int, patches: list[int], experts: str, mask: str, bl
 
 def sincos_positions(hidden_size: int, grid: int) -> Tensor:
     """2-D sin-cos position of every token of a grid x grid band, (grid^2, D): half of D for rows, half for columns."""
-    if torch.get_default_device().type == "meta":           # shapes are all that is asked for
-        return torch.empty(grid * grid, hidden_size)
     place, steps = (torch.arange(n, dtype=torch.float64, device="cpu") for n in (grid, hidden_size // 4))
-    omega = 10000 ** (-steps / (hidden_size // 4))                                          # (D/4,)
-    angle = place[:, None] * omega                                                          # (grid, D/4)
-    axis = torch.cat([angle.sin(), angle.cos()], dim=1)                                     # (grid, D/2)
-    rows = axis[:, None].expand(grid, grid, -1)
-    columns = axis[None].expand(grid, grid, -1)
-    return torch.cat([rows, columns], dim=2).reshape(grid * grid, hidden_size).float()
+    angle = place[:, None] * 10000 ** (-steps / (hidden_size // 4))                         # (grid, D/4)
+    return over_grid(torch.cat([angle.sin(), angle.cos()], dim=1))                          # (grid^2, D)
 
 
 def patchify(x: Tensor, p: int) -> Tensor:
@@ -189,7 +182,7 @@ class MoTDiT(nn.Module):
     condition_tokens   also put the time and condition embeddings in front of band 0, where every band reads them
     condition      hidden_size -> Labels or Vectors, in place of num_classes
     block          dit, or modern: RMS norm of queries and keys, rotary positions, SwiGLU.  # not in paper
-    concat_coarse  tokens of band i > 0 also see the coarser bands, summed by this pyramid.  # not in paper
+    concat_coarse  tokens of band i > 0 also see the coarser bands, summed by `pyramid`.  # not in paper
     patches        patch size of each band; (): that of `size`.  # not in paper
 
     Raises UserError for a size, a resolution or an option that does not work. The untrained model returns zeros.
@@ -217,7 +210,6 @@ class MoTDiT(nn.Module):
             nn.Linear((1 + (concat_coarse and i > 0)) * in_channels * p**2, d) for i, p in enumerate(self.patches))
         self.time = TimestepEmbedder(d)
         self.condition = condition(d) if condition else None
-        self.num_classes = len(getattr(self.condition, "classes", ()))              # the null label has this number
         self.num_cond = (1 + (self.condition is not None)) if condition_tokens else 0
         self.blocks = nn.ModuleList(MoTBlock(d, num_heads, num_scales, experts, mask, block) for _ in range(depth))
         self.patch_out = nn.ModuleList(FinalLayer(d, in_channels * p**2) for p in self.patches)

@@ -8,8 +8,8 @@
 
 Writes DIR/grid.png, report.json and samples.npz (`images` uint8 (N, H, W, C), `labels` (N,), -1 when unconditional).
 What only a causal pyramid can do (previews, variations, super-resolution) is in extras/causal.py.
-Image i depends on the seed and on i alone. The fixed-step solvers keep that up to float rounding; dopri5 chooses its
-steps for a whole batch at once, so there an image also depends, within the tolerance, on its batch.
+The noise of image i depends on the seed and on i alone. So does the image, up to float rounding, with the fixed-step
+solvers; dopri5 chooses its steps for a whole batch, on which an image then depends, within the tolerance.
 """
 
 import time
@@ -120,7 +120,8 @@ class Guided:
     def __call__(self, bands: list[Tensor], t: Tensor, y: Tensor | None) -> list[Tensor]:
         self.calls[bands[-1].shape[-1]] += 1
         low, high = self.interval                           # the end itself belongs to it at t = 1 only
-        guided = self.jumps(y) != () and ((low, high) == (0, 1) or low <= t.max() < high + (high == 1))
+        always = (low, high) == (0, 1)                      # t is not read then: a GPU would be waited for
+        guided = self.jumps(y) != () and (always or low <= t.max() and (t.max() < high or high == 1))
         with torch.autocast(t.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             if not guided:
                 self.passes += 1

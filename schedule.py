@@ -12,7 +12,7 @@ Notation, the same in every file of this repository:
     segment j        the interval [T_j, T_(j+1)] of sampling, in which bands 0..j are active
 
 Band i follows   x_t = alpha_i(t) x_1 + sigma(t) x_0   for t in [T_i, 1].   sigma is shared by all bands; alpha is
-shifted and stretched so that band i leaves pure noise, sigma(T_i) x_0, at T_i and arrives at clean data at 1.
+shifted and squeezed so that band i leaves pure noise, sigma(T_i) x_0, at T_i and arrives at clean data at 1.
 With the local time tau = (t - T_i) / (1 - T_i) the linear path is tau x_1 + (1 - tau)(1 - T_i) x_0: ordinary rectified
 flow whose noise shrinks with the scale.
 """
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config import CHOICES, UserError
+from config import CHOICES, UserError, check_choice
 from pyramid import PYRAMIDS, decompose, reconstruct
 
 PATHS = ("linear", "quadratic", "cubic", "gvp")
@@ -61,9 +61,10 @@ class Schedule:
         starts = tuple(self.starts)
         if starts[:1] != (0,) or not all(a < b for a, b in zip(starts, starts[1:] + (1.0,), strict=False)):
             raise UserError(f"starts must increase from 0 to below 1, like 0,0.5; got {starts}")
-        for name, known in {**CHOICES, "path": PATHS, "pyramid": tuple(PYRAMIDS)}.items():
-            if getattr(self, name, known[0]) not in known:  # CHOICES has other settings, too
-                raise UserError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(known)}")
+        for name in ("noise", "stages", "times"):
+            check_choice(name, getattr(self, name), CHOICES[name])
+        check_choice("path", self.path, PATHS)
+        check_choice("pyramid", self.pyramid, PYRAMIDS)
 
     @property
     def num_scales(self) -> int:

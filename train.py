@@ -38,8 +38,8 @@ def learning_rate(cfg: Config, step: int) -> float:
     """Linear warm-up, then a cosine from lr to lr_end."""
     if step < cfg.warmup:
         return cfg.lr * (step + 1) / cfg.warmup
-    progress = (step - cfg.warmup) / max(1, cfg.steps - cfg.warmup)
-    return cfg.lr_end + (cfg.lr - cfg.lr_end) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    progress = (step - cfg.warmup) / (cfg.steps - cfg.warmup)
+    return cfg.lr_end + (cfg.lr - cfg.lr_end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @torch.no_grad()
@@ -155,10 +155,7 @@ def loop(job: Job, stop: StopSignals, deadline: float) -> None:
                 (loss / len(job.parts)).backward()
             metrics.add(loss, errors, len(x1))
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
-        if optimizer.defaults["fused"]:                     # AdamW (.optim: of shards) skips a step with found_inf 1
-            getattr(optimizer, "optim", optimizer).found_inf = (~grad_norm.isfinite()).float()
-        if optimizer.defaults["fused"] or grad_norm.isfinite():
-            optimizer.step()
+        ranks.step(optimizer, grad_norm)                    # left out when the norm is not finite
         if job.ema is not None:
             update_ema(job.ema, model, cfg.ema, job.step)
         job.step += 1
@@ -252,7 +249,8 @@ def train(cfg: Config, fresh: bool = False, device: str | None = None, stop_afte
             loop(job, stop, began + stop_after)
         stopped = ranks.any(stop.asked)                     # perhaps in the last step
         if job.step < cfg.steps or stopped:
-            ranks.say(f"stopped at step {job.step}, saved; the same command{' without --fresh' * fresh} continues")
+            again = "the same command without --fresh" if fresh else "the same command"
+            ranks.say(f"stopped at step {job.step}, saved; {again} continues")
         return job if ranks.first and job.step >= cfg.steps and not stopped else None
 
 

@@ -2,18 +2,16 @@
 
     x_t = t x_1 + (1 - t) n        v = x_1 - n        t ~ U[0, 1] for each example
 
-It is LapFlow with one band (a test holds the two together, to the last bit). Not taken over: LFM adds 1e-5 of noise at
-t = 1, feeds t itself to the embedding, and trained an ADM U-Net, not a DiT, at 512 and 1024 pixels.
+It is LapFlow with one band, so schedule.loss trains it. Not taken over: LFM adds 1e-5 of noise at t = 1, feeds t itself
+to the embedding, and trained an ADM U-Net, not a DiT, at 512 and 1024 pixels.
 """
 
 from collections.abc import Callable
 
-from torch import Tensor
-
 from baselines.trunk import sample
 from config import Config
 from model import MoTDiT
-from schedule import Schedule
+from schedule import Schedule, loss
 
 __all__ = ["network", "schedule", "loss", "sample"]
 
@@ -25,12 +23,3 @@ def network(cfg: Config, channels: int, condition: Callable | None, side: int) -
 
 def schedule(cfg: Config) -> Schedule:
     return Schedule((0.0,), stages=cfg.stages, times=cfg.times)
-
-
-def loss(model: Callable, x1: Tensor, y: Tensor | None, schedule: Schedule, rng) -> tuple[Tensor, list]:
-    """Plain flow matching of images x1 (B, C, H, W)."""
-    n, t = rng.randn(*x1.shape[1:]), schedule.draw_times(rng)                        # (B, C, H, W), (B,)
-    at = t.view(-1, 1, 1, 1)
-    (v,) = model([at * x1 + (1 - at) * n], t, y)
-    error = (v.float() - (x1 - n)).square().mean(dim=(1, 2, 3))                     # (B,)
-    return error.sum() / len(t), [(t, error.detach())]

@@ -118,7 +118,7 @@ def micro_batches(dataset: "Dataset", cfg: Config, step: int, parts: list[slice]
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Pixels in [-1, 1] to 0..255, rounded. The one place of this conversion; mini.py has a copy."""
+    """Pixels in [-1, 1] to 0..255, rounded. mini.py alone has a copy."""
     return (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8)
 
 
@@ -272,7 +272,10 @@ def read_all(source: sources.Source, cfg: Config) -> Images:
             read = pool.map(lambda i: source.image_or_problem(i, cfg.res, cfg.skip_bad), part)
             for i, (image, problem) in zip(part, read, strict=True):
                 pixels[len(good)] = image
-                (bad if problem else good).append(problem or i)
+                if problem:
+                    bad.append(problem)
+                else:
+                    good.append(i)
                 bar.update()
     if bad and FIRST:
         print(f"left out {len(bad)} of {len(source)} images: {'; '.join(bad[:5])}")
@@ -294,7 +297,8 @@ def image_files(cfg: Config) -> Dataset:
     if cfg.dataset == "folder" and "test" in source.splits:
         try:
             test = sources.open_source(cfg.dataset, cfg.data, "test")
-            _ = cfg.condition == "vectors" and test.vectors()
+            if cfg.condition == "vectors":
+                test.vectors()                              # raises when they are missing
             problem = "" if test.classes == source.classes else f"the split test of {cfg.data} has other classes"
         except UserError as error:
             problem = str(error)

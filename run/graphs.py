@@ -2,8 +2,8 @@
 
 Autocast converts every weight at every call, and at batch 1 a GPU waits for Python, which starts a thousand kernels for
 each pass. A CUDA graph is a recording of those kernels: one start replays them all, on the memory of the recording.
-`speed_up` puts both into a trained run, in place. The images stay the same, to the last bit for the weights (a test, on
-a CPU). The recordings stay with the network, so that many calls pay for them once.
+`speed_up` puts both into a trained run, in place. Converting the weights changes no bit of the images (a test shows it,
+on a CPU). The recordings stay with the network, so that many calls pay for them once.
 """
 
 import functools

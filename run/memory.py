@@ -148,7 +148,7 @@ def summary(model: torch.nn.Module, cfg: Config, facts: dict, parts: list[slice]
     changes = [f"{name} {','.join(map(str, value)) if isinstance(value, tuple) else value}"
                for name, value in vars(cfg).items() if name not in ("out", "latents") and value != vars(default)[name]]
     classes = facts["classes"]
-    names = ", ".join(classes[:3] + ["..."][: len(classes) - 3])
+    names = ", ".join(classes[:3] + (["..."] if len(classes) > 3 else []))
     condition = f"{len(classes)} classes ({names})" if names else "vectors" if facts["vectors"] else "no classes"
     return (f"run        {cfg.out}: {', '.join(changes) or 'the defaults'}\n"
             f"data       {facts['count']:,} images, {condition}\n"

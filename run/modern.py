@@ -8,17 +8,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def over_grid(axis: Tensor) -> Tensor:
+    """Features (grid, n) of one axis -> (grid^2, 2n) of every token of a square: of its row, then of its column."""
+    if torch.get_default_device().type == "meta":           # shapes are all that is asked for
+        axis = axis.to("meta")
+    grid = len(axis)
+    rows, columns = axis[:, None].expand(grid, grid, -1), axis[None].expand(grid, grid, -1)
+    return torch.cat([rows, columns], dim=2).flatten(0, 1).float()
+
+
 def rotary_angles(head_dim: int, grid: int, finest: int) -> Tensor:
     """2-D rotary angles of every token of a grid x grid band, (grid^2, hd/2): half for rows, half for columns.
 
     The place of a token is the middle of what it covers in the finest grid, so bands agree on where things are.
     """
-    if torch.get_default_device().type == "meta":
-        return torch.empty(grid * grid, head_dim // 2)
     place, steps = (torch.arange(n, dtype=torch.float64, device="cpu") for n in (grid, head_dim // 4))
-    axis = (place[:, None] + 0.5) * (finest / grid) * 100 ** (-steps / (head_dim // 4))     # (grid, hd/4)
-    rows, columns = axis[:, None].expand(grid, grid, -1), axis[None].expand(grid, grid, -1)
-    return torch.cat([rows, columns], dim=2).reshape(grid * grid, head_dim // 2).float()
+    return over_grid((place[:, None] + 0.5) * (finest / grid) * 100 ** (-steps / (head_dim // 4)))  # of (grid, hd/4)
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:

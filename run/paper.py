@@ -6,7 +6,7 @@ A run is a preset, then what the user gave. `python -m studies.plan` prints all 
 import dataclasses
 from dataclasses import dataclass
 
-from config import DATASETS, LAPFLOW, Config, UserError, differences
+from config import DATASETS, LAPFLOW, Config, UserError, check_choice, differences
 
 
 @dataclass(frozen=True)
@@ -128,8 +128,7 @@ def resolve(given: dict) -> Config:
     name = given.pop("preset", "")
     if name and name not in PRESETS:
         raise UserError(f"unknown preset {name!r}; python -m studies.plan lists them")
-    if given.get("dataset", "digits") not in DATASETS:
-        raise UserError(f"unknown dataset {given['dataset']!r}; choose one of {', '.join(DATASETS)}")
+    check_choice("dataset", given.get("dataset", "digits"), DATASETS)
     name = name or nearest_preset(given)
     settings = {**PRESETS[name].settings, **given}
     if settings.get("method", "lapflow") != "lapflow":      # those of the preset are LapFlow's

@@ -225,6 +225,13 @@ class Ranks:
 
         return ZeroRedundancyOptimizer(weights, torch.optim.AdamW, **settings)
 
+    def step(self, optimizer: torch.optim.Optimizer, grad_norm: torch.Tensor) -> None:
+        """A step of AdamW, left out when the norm of the gradient is not finite; a fused one is not waited for."""
+        if optimizer.defaults["fused"]:                     # it reads found_inf on the device
+            getattr(optimizer, "optim", optimizer).found_inf = (~grad_norm.isfinite()).float()
+        if optimizer.defaults["fused"] or grad_norm.isfinite():
+            optimizer.step()
+
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict:
         """The state as a single AdamW has it: whole in the first process, called in all.
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from config import UserError
+from config import UserError, check_choice
 from data.sources import explain
 from run.load import full_float32
 
@@ -103,8 +103,7 @@ def load_extractor(name: str, file: str = "", device: torch.device | str = "cpu"
     """The extractor of that name, of those that need no data."""
     if name == "classifier":
         raise UserError("the classifier is trained on the data of a run: use it without --ref")
-    if name not in EXTRACTORS:
-        raise UserError(f"unknown features {name!r}; choose one of {', '.join(EXTRACTORS)}")
+    check_choice("features", name, EXTRACTORS)
     full_float32()
     if name == "inception":
         return Inception(file, device, trust)

@@ -292,7 +292,7 @@ def test_classes_in_turn_are_compared_with_as_many_real_images_of_each():
     drawn = (np.arange(200) % 10 == 0).astype(int)          # in the data's proportions: all of them
     assert fid.evaluate(dataset, fake, drawn, to_images)["n_reference"] == 2000
     nearly = np.repeat([0, 1], (600, 500))
-    assert len(fid.alike(nearly, y)) == 1100 and len(fid.alike(np.zeros(30, int), y)) == 30
+    assert len(fid.rows_of_classes(nearly, y)) == 1100 and len(fid.rows_of_classes(np.zeros(30, int), y)) == 30
 
 
 # ---------------------------------------------------------------------------------------------------------------------

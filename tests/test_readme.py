@@ -201,7 +201,7 @@ def test_what_the_pages_say_of_the_cost_of_sampling_is_in_the_results():
     (a, b, c), (d, e, f) = ([f"{name}, {steps} steps" for name in ("LapFlow", "LFM", "Pyramidal Flow")]
                             for steps in (12, 24))
     ms = {name: f"{1000 * value:.0f}" for name, value in seconds.items()}
-    assert (f"24 calls: {distance[a]:.1f} in {ms[a]} ms an image, LFM {distance[b]:.1f} in {ms[b]}, Pyramidal Flow "
+    assert (f"24 calls give {distance[a]:.1f} in {ms[a]} ms an image, LFM {distance[b]:.1f} in {ms[b]}, Pyramidal Flow "
             f"{distance[c]:.1f} in {ms[c]}.") in README
     assert (f"{distance[a]:.1f} in {ms[a]} ms an image ({cost[a]} GFLOPs), Pyramidal Flow's {distance[c]:.1f} in "
             f"{ms[c]} ms ({cost[c]}), LFM's {distance[b]:.1f} in {ms[b]} ms ({cost[b]}); in 24 steps "
@@ -283,9 +283,9 @@ def test_the_standard_errors_between_systems_are_those_of_the_results():
     kernel = [[apart(name, key) for key in ("kid", "kid_efficientnet")] for name in names[:2]]
     assert (f"is level with LFM ({kernel[0][0]:.1f} standard errors behind) and {kernel[1][0]:.1f} behind Pyramidal "
             f"Flow; in EfficientNet's it is {-kernel[0][1]:.1f} ahead and level ({kernel[1][1]:.1f} behind)") in text
-    assert f"in the classifier's kernel distance level and {kernel[1][0]:.1f} behind" in README
+    assert f"in the classifier's kernel distance level with LFM's and {kernel[1][0]:.1f} behind Pyramidal" in README
     times = [runs["LapFlow"][0]["parameters"] / runs[name][0]["parameters"] for name in names[:2]]
-    assert f"It has {times[0]:.1f} times LFM's parameters; with as many it is behind ({shared:.2f})." in README
+    assert f"It has {times[0]:.1f} times LFM's parameters; with as many its FD is {shared:.2f}, behind both." in README
     assert f"{times[0]:.1f} times the parameters of LFM and Pyramidal Flow" in text
     assert times[1] == pytest.approx(times[0], rel=0.01) and max(kernel[0][0], abs(kernel[1][1])) < 2
     assert shared > means(runs, "frechet")["LFM"] > means(runs, "frechet")["Pyramidal Flow"]
@@ -298,9 +298,8 @@ def test_what_the_pages_say_of_guidance_is_in_the_results():
     theirs, theirs_high = (f"Pyramidal Flow, guidance {w}" for w in ("1", "1.25"))
     distance, judged, agree, recall = (means(runs, key) for key in (
         "frechet", "frechet_efficientnet", "label_agreement", "recall"))
-    pairs = {name: f"{distance[name]:.2f} and {judged[name]:.0f}" for name in runs}
-    assert (f"with less noise {pairs[plain]}, Pyramidal Flow {pairs[theirs]}, with [guidance](docs/results.md#guidance"
-            f") too {pairs[high]}, {pairs[theirs_high]}.") in README
+    assert (f"leads Pyramidal Flow by the classifier ({distance[high]:.2f}, {distance[theirs_high]:.2f}), not by "
+            f"EfficientNet ({judged[high]:.0f}, {judged[theirs_high]:.0f}).") in README
     lost = 100 * (agree[plain] - agree[low])
     assert f"costs LapFlow {lost:.1f} points of agreement and gains one of recall" in RESULTS
     assert f"{100 * (recall[low] - recall[plain]):.0f}" == "1"
