@@ -292,8 +292,8 @@ def table(runs_of: dict, paper_fid: dict, times: dict) -> str:
     step = max(line["training_flops"] / line["config"]["steps"] for line in lines)
     if max(flops) - min(flops) > max(step, 0.01 * max(flops)) or len({line["config"]["dataset"] for line in lines}) > 1:
         raise UserError("these runs cannot share a table: their data or training FLOPs differ")
-    return (f"{markdown(head, rows)}\n\n{flops[0]:.2e} training FLOPs each; {seeds(runs_of.values())}, mean ± standard "
-            f"deviation; {first['n']} images, {first['solver']}{' ' * ('rtol' in first)}{first.get('rtol', '')}; "
+    return (f"{markdown(head, rows)}\n\n{flops[0]:.2e} training FLOPs each; {seeds(runs_of.values())}; "
+            f"{first['n']} images, {first['solver']}{' ' * ('rtol' in first)}{first.get('rtol', '')}; "
             f"{origin(lines, 'hardware', 'versions')}.")
 
 

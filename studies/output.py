@@ -16,9 +16,10 @@ def spread(values: list[float], places: int) -> str:
 
 
 def seeds(groups: Iterable[list[dict]]) -> str:
-    """How many training seeds the rows of a table have."""
+    """How many training seeds the rows of a table have, and what it shows of them."""
     counts = sorted({len(rows) for rows in groups if rows})
-    return f"{' to '.join(map(str, sorted({counts[0], counts[-1]})))} training seed{'s' if counts[-1] > 1 else ''}"
+    several = "s, mean ± standard deviation" if counts[-1] > 1 else ""
+    return f"{' to '.join(map(str, sorted({counts[0], counts[-1]})))} training seed{several}"
 
 
 def origin(rows: list[dict], *keys: str) -> str:

@@ -52,8 +52,8 @@ def garments() -> str:
     table = [[text, *(spread([row[key] for row in runs[name]], places) for name in names),
               f"{first['real'][key]:.{places}f}"] for key, (text, places) in texts.items()]
     head = [f"{first['n']:,} images of 32 x 32", *names, "real images"]
-    return (f"{markdown(head, table)}\n\n{first['training_flops']:.1e} training FLOPs each; {seeds(runs.values())}, "
-            f"mean ± standard deviation; {origin(every, 'hardware', 'versions')}.")
+    return (f"{markdown(head, table)}\n\n{first['training_flops']:.1e} training FLOPs each; {seeds(runs.values())}; "
+            f"{origin(every, 'hardware', 'versions')}.")
 
 
 def systems(name: str, wanted: dict = compare.SYSTEMS) -> str:
@@ -82,8 +82,8 @@ def ablations(name: str, dataset: str) -> str:
         return "not measured yet"
     head = ["ablation", "", *(compare.COLUMNS[key][0] for key in columns), "parameters, M", "paper: FID"]
     first, every = groups[0][0], sum(groups, [])
-    return (f"{markdown(head, table)}\n\n{first['training_flops']:.2e} training FLOPs each; {seeds(groups)}, mean ± "
-            f"standard deviation; {first['n']} images, {first['solver']} {first['rtol']}; "
+    return (f"{markdown(head, table)}\n\n{first['training_flops']:.2e} training FLOPs each; {seeds(groups)}; "
+            f"{first['n']} images, {first['solver']} {first['rtol']}; "
             f"{origin(every, 'hardware', 'versions')}.")
 
 

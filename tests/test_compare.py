@@ -384,7 +384,7 @@ def test_the_table_of_ablations_has_each_score_below_its_name(monkeypatch):
     assert text[0] == "| ablation |  | FD, pixels | class variance | NFE | parameters, M | paper: FID |"
     assert text[2:4] == ["| mask | causal | 0.123 | 0.456 | 50 | 1.50 | 3.53 |",
                          "| mask | none | 0.234 | 0.567 | 50 | 1.50 | 3.91 |"]
-    assert len(text) == 6 and "1 training seed," in text[5]     # of an ablation with one row there is nothing to say
+    assert len(text) == 6 and "1 training seed;" in text[5]     # of an ablation with one row there is nothing to say
     assert tables.ablations("ablations", "fashion") == "not measured yet"
 
 
