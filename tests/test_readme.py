@@ -142,7 +142,7 @@ def test_what_the_pages_say_of_photographs_is_in_the_results():
     large, _ = tables.of_one_length("crops64", {name: compare.IMAGES[name] for name in names[:3]})
     larger = means(large, "frechet")
     assert (f"LapFlow ({ours:.2f}) leads LFM ({lfm:.2f}) and is level with Pyramidal Flow ({pyramidal:.2f}) in the "
-            "classifier's Frechet distance only; at 64 x 64, one seed: {:.2f}, {:.2f}, {:.2f}.".format(
+            "classifier's FD only; at 64 x 64: {:.2f}, {:.2f}, {:.2f}.".format(
                 *larger.values())) in README
     agreement, judged = (list(means(large, key).values()) for key in ("label_agreement", "frechet_efficientnet"))
     ours_64, lfm_64, pyramidal_64 = larger.values()
@@ -150,7 +150,9 @@ def test_what_the_pages_say_of_photographs_is_in_the_results():
             f"{100 * (1 - ours / lfm):.0f}%)") in RESULTS
     assert "asked for in {:.0f}, {:.0f} and {:.0f}% of its images".format(*(100 * x for x in agreement)) in RESULTS
     assert f"Pyramidal Flow is {100 * (1 - pyramidal_64 / ours_64):.0f}% closer than LapFlow" in RESULTS
-    assert "EfficientNet's distance {:.0f}, {:.0f} and {:.0f}".format(*judged) in RESULTS
+    assert "LapFlow and LFM apart ({:.0f}, {:.0f}; Pyramidal Flow {:.0f})".format(*judged) in RESULTS
+    gap = errors_apart(large, "Pyramidal Flow", "LapFlow")
+    assert f"by {-gap:.1f} standard errors of two seeds" in RESULTS
     kernel = {name: [errors_apart(runs, "LapFlow", name, key) for key in ("kid", "kid_efficientnet")]
               for name in names[1:3]}
     both, _ = tables.of_one_length("crops", {
