@@ -12,6 +12,7 @@ The noise of image i depends on the seed and on i alone. So does the image, up t
 solvers; dopri5 chooses its steps for a whole batch, on which an image then depends, within the tolerance.
 """
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -119,9 +120,10 @@ class Guided:
     @torch.no_grad()
     def __call__(self, bands: list[Tensor], t: Tensor, y: Tensor | None) -> list[Tensor]:
         self.calls[bands[-1].shape[-1]] += 1
-        low, high = self.interval                           # the end itself belongs to it at t = 1 only
+        low, high = self.interval
+        end = math.inf if high == 1 else high               # the end itself belongs to it at t = 1 only
         always = (low, high) == (0, 1)                      # t is not read then: a GPU would be waited for
-        guided = self.jumps(y) != () and (always or low <= t.max() and (t.max() < high or high == 1))
+        guided = self.jumps(y) != () and (always or low <= t.max() < end)
         with torch.autocast(t.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             if not guided:
                 self.passes += 1
@@ -191,6 +193,7 @@ def main() -> None:
             return card.share(run, args, ranks)
         y = conditions.choose(run.condition, args.num, args.labels, args.vectors)
         settings = graphs.speed_up(run, load.solver_settings(run.cfg, args), args.graphs)
+        conditions.check_guidance(run.condition, run.cfg.label_drop, settings["cfg_scale"])    # before a file is there
         samples = gallery.Gallery(gallery.folder_of(run, args), gallery.job_of(run, args, settings), args.format, ranks)
         samples.fill(run, chunks_of(args.num, args.batch), partial(draw_batches, run, y=y, seed=args.seed, **settings),
                      y, settings)

@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from config import UserError
-from data.conditions import check_guidance, find_label
+from data.conditions import find_label
 from data.sources import chunks_of, explain, open_source
 from run import checkpoint, pictures
 from run.load import Run
@@ -118,8 +118,7 @@ def folder_of(run: Run, args: argparse.Namespace) -> Path:
 
 
 def job_of(run: Run, args: argparse.Namespace, settings: dict) -> dict:
-    """Everything that decides what a command of sample.py draws. Raises UserError for guidance that cannot be."""
-    check_guidance(run.condition, run.cfg.label_drop, settings["cfg_scale"])
+    """Everything that decides what a command of sample.py draws."""
     file = Path(args.vectors or "")
     digest = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
     return {"run": str(run.folder), "step": run.step, "weights": run.weights, "fingerprint": run.fingerprint,

@@ -163,12 +163,13 @@ def test_train_sample_score(program, give_up, tmp_path):
     assert not list(tmp_path.glob("judges/*"))                                    # nothing was trained for it
 
 
-def test_scores_of_a_run_in_training_do_not_say_that_it_is_finished(program, tmp_path):
-    out = program("train.py", *QUICK, "--steps", "40", "--stop-after", "0s", "--fresh")
+def test_scores_of_a_run_in_training_do_not_say_that_it_is_finished(program, give_up, tmp_path):
+    out = program("train.py", *QUICK, "--steps", "40", "--stop-after", "0s", "--fresh", "--label-drop", "0")
     assert "the same command without --fresh continues" in out
     program("fid.py", "--num", "20", "--solver", "euler", "--steps", "4")
     run = tmp_path / "out" / "digits"
     assert not (run / "scores.json").exists() and list(run.glob("scores-step-*.json"))
+    assert "has --label-drop 0" in give_up("sample.py", "--cfg", "2") and not (run / "samples").exists()
 
 
 @pytest.mark.slow                                           # counts the FLOPs of every row of the paper
