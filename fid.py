@@ -233,12 +233,15 @@ class Samples:
         self.files, name = path if args.what and path.exists() and not is_run else None, args.what
         if self.files:
             self.folder = path if path.is_dir() else path.parent
-            drew = str(gallery.read_report(self.folder).get("run"))
-            name = drew if Path(drew).is_dir() else None
+            report = gallery.read_report(self.folder)
+            name = report["run"] if Path(str(report.get("run"))).is_dir() else None
+            own = path.is_dir() or path.name == "samples.npz" or path.name.startswith("shard-")
+            self.report = (report if own else {}) | {"samples": args.what}
         if not (self.files and args.ref):
             self.run = load.load_run(name, args.raw, str(ranks.device), args.vae, args.noise_scale)
             self.settings = solver_settings(self.run.cfg, args)
         if self.files:
+            self.report |= {"against": str(self.run.folder)} if self.run else {}
             self.num, self.parts = gallery.open_samples(self.files, args.batch, self.run and self.run.classes)
             self.shape = self.parts[0][1]()[0].shape[1:]
             return
@@ -251,13 +254,9 @@ class Samples:
 
     def draw(self) -> Iterator[tuple]:
         """(number of the first, images, y) of each batch of this process; y is -1 without conditions. After the last,
-        self.report holds how they were made, in the first process."""
+        self.report holds how those of a run were made, in the first process; that of files is there before."""
         part, notes = slice(self.ranks.rank, None, self.ranks.world), []
         if self.files:
-            own = self.files.is_dir() or self.files.name == "samples.npz" or self.files.name.startswith("shard-")
-            self.report = (gallery.read_report(self.folder) if own else {}) | {"samples": self.args.what}
-            if self.run:
-                self.report["against"] = str(self.run.folder)
             yield from ((first, *read()) for first, read in self.parts[part])
             return
         arrays, chunks = gallery.arrays_of(self.y, self.num), sources.chunks_of(self.num, self.args.batch)[part]

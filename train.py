@@ -240,7 +240,8 @@ def train(cfg: Config, fresh: bool = False, device: str | None = None, stop_afte
         with within_memory(ranks.device):
             job = setup(cfg, ranks)
             job.began = began
-            # what samples need, such as the autoencoder: if it is missing, say so now
+            # what samples need, such as the autoencoder, or the log: if it is missing, say so now
+            ranks.first_does(lambda: log.summary_writer(cfg))
             ranks.first_does(load.Run(cfg, job.model, job.facts, Path(cfg.out), 0, "raw").ready)
             resume(job, fresh and not ranks.restarted)
         ranks.say(memory.summary(job.model, cfg, job.facts, job.parts, ranks))
@@ -268,7 +269,7 @@ def main() -> None:
     cfg, stop_after = paper.resolve(given), config.seconds(stop_after)
     if dry_run:
         return print(memory.describe(cfg))
-    log.check_record(record, cfg.logger)
+    log.check_record(record)
     StopSignals.ignore()
     if job := train(cfg, fresh, device, stop_after):
         with StopSignals("stopped: the training is saved, the same command draws its samples", immediate=True):

@@ -74,7 +74,7 @@ def thumbnails(run: Run, num: int, y: Tensor | None, seed: int = 0, batch: int =
     check_guidance(run.condition, run.cfg.label_drop, settings["cfg_scale"])
     load.full_float32()
     parts = [preview(run, part, None if y is None else y[part.start : part.stop], seed, **settings)
-             for part in sample.chunks_of(num, batch)]
+             for part in sources.chunks_of(num, batch)]
     return np.concatenate([run.decode(x1) for x1, _ in parts]), parts[0][1]
 
 

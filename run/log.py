@@ -60,7 +60,7 @@ class Log:
                 keep_lines(file, lambda line: line["step"] <= step)
             keep_lines(starts, lambda line: line["step"] < step)                # not of a start that saved nothing
             checkpoint.append_line(starts, {"step": step, **provenance(ranks.device)})
-            self.logger = open_logger(cfg, self.out, step)
+            self.logger = (kind := summary_writer(cfg)) and open_logger(kind, self.out, step)
         self.clear()
 
     def clear(self) -> None:
@@ -168,7 +168,10 @@ def ratio(total: float, count: float) -> float | None:
     return total / count if count else None
 
 
-def summary_writer() -> type:
+def summary_writer(cfg: Config) -> type | None:
+    """What writes for --logger, None without. Raises UserError when its package is missing."""
+    if not cfg.logger:
+        return None
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -177,11 +180,9 @@ def summary_writer() -> type:
     return SummaryWriter
 
 
-def open_logger(cfg: Config, out: Path, step: int) -> Callable | None:
-    """A function that takes a line of metrics, or None. Lines after `step`, of an earlier start, are hidden."""
-    if not cfg.logger:
-        return None
-    writer = summary_writer()(out / "tensorboard", purge_step=step + 1)
+def open_logger(kind: type, out: Path, step: int) -> Callable:
+    """A function that takes a line of metrics. Lines after `step`, of an earlier start, are hidden."""
+    writer = kind(out / "tensorboard", purge_step=step + 1)
 
     def write(line):
         bands = {f"loss_bands/{i}": loss for i, loss in enumerate(line["loss_bands"])}
@@ -197,10 +198,8 @@ def open_logger(cfg: Config, out: Path, step: int) -> Callable | None:
 # results lines
 
 
-def check_record(file: str | Path | None, logger: str = "") -> None:
-    """Raises UserError, before the work, when a result could not be appended to the file, or the logger is missing."""
-    if logger:
-        summary_writer()
+def check_record(file: str | Path | None) -> None:
+    """Raises UserError, before the work, when a result could not be appended to the file."""
     if file:
         with explain(f"results cannot be appended to {file}", kinds=OSError):
             Path(file).parent.mkdir(parents=True, exist_ok=True)

@@ -688,7 +688,7 @@ def test_tensorboard_gets_the_numbers(tmp_path, monkeypatch):
     assert purged == [1, 6]                                 # curves of steps that are taken again are hidden
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     before = state(tiny(tmp_path))
-    for call in (lambda: train.train(tiny(tmp_path, "without", logger="tensorboard"), device="cpu"), train.main):
+    for call in (lambda: train.train(tiny(tmp_path, logger="tensorboard"), fresh=True, device="cpu"), train.main):
         monkeypatch.setattr(sys, "argv", shlex.split(f"train.py --fresh --logger tensorboard --out {tmp_path}/run"))
         with pytest.raises(UserError, match="--logger tensorboard needs its package: pip install tensorboard"):
             call()
