@@ -11,7 +11,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 DATASETS = ("digits", "fashion", "folder", "celebahq", "imagenet")
@@ -36,6 +37,18 @@ def first_line(problem: Exception) -> str:
     """The first line of an exception, for one sentence; its kind when it has no text."""
     text, kind = next(iter(str(problem).splitlines()), ""), type(problem).__name__
     return f"{kind}: {text}" if text and isinstance(problem, KeyError) else text or kind
+
+
+@contextmanager
+def explain(failure: str, advice: str = "",
+            kinds: type[Exception] | tuple[type[Exception], ...] = Exception) -> Iterator[None]:
+    """Turns an exception into one sentence: decoders, archives and numpy raise many kinds for a damaged file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds as problem:
+        raise UserError(f"{failure}: {first_line(problem)}{advice}") from None
 
 
 def run(main: Callable[[], None]) -> None:
@@ -103,7 +116,7 @@ class Config:
     block: str = option("dit", "dit, as the paper, or modern: QK-norm, rotary positions, SwiGLU")
     concat_coarse: bool = option(False, "finer bands also take in the coarser image at their place")
     # schedule
-    pyramid: str = option("haar", "how images are split into bands: haar")
+    pyramid: str = option("haar", "how images are split into bands: haar, or bilinear as DFM")
     starts: tuple[float, ...] = option((), "start time of each band, like 0,0.5 (default: i/K)")
     path: str = option("linear", "linear, quadratic, cubic or gvp")
     noise: str = option("pyramid", "pyramid (bands of one white image) or independent")

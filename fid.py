@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import config
 import sample
-from config import UserError
+from config import UserError, explain
 from data import batches, conditions, sources
 from run import checkpoint, gallery, graphs, load
 from run.log import check_record, record
@@ -248,9 +248,7 @@ class Samples:
         self.num, self.shape = args.num, self.run.image_shape
         self.folder = gallery.folder_of(self.run, argparse.Namespace(run=args.what, out=None)).parent
         self.y = conditions.choose(self.run.condition, args.num, args.labels, args.vectors)
-        if args.compile:
-            load.compile_blocks(self.run.model)
-        self.settings = graphs.speed_up(self.run, self.settings, args.graphs)
+        self.settings = graphs.speed_up(self.run, self.settings, args.graphs, args.compile)
 
     def draw(self) -> Iterator[tuple]:
         """(number of the first, images, y) of each batch of this process; y is -1 without conditions. After the last,
@@ -340,7 +338,7 @@ def main() -> None:
             name = "" if args.features in (None, "pixels") else f"-{args.features}"
             if not samples.files and (samples.run.step < samples.run.cfg.steps or str(args.what).endswith(".pt")):
                 name += f"-step-{samples.run.step}"         # scores.json says that a run is finished
-            with sources.explain(f"the scores cannot be written to {samples.folder}", kinds=OSError):
+            with explain(f"the scores cannot be written to {samples.folder}", kinds=OSError):
                 (samples.folder / f"scores{name}.json").write_text(json.dumps(result, indent=2))
         if args.record or args.ref:
             record(args.record or "results/fid.jsonl", samples.run and samples.run.cfg, ranks.device, result)

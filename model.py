@@ -129,8 +129,7 @@ class MoTBlock(nn.Module):
         self.proj = nn.ModuleList(nn.Linear(d, d) for _ in range(full))
         self.mlp = nn.ModuleList(
             SwiGLU(d) if self.modern else
-            nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(approximate="tanh"), nn.Linear(4 * d, d)) for _ in range(full)
-        )
+            nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(approximate="tanh"), nn.Linear(4 * d, d)) for _ in range(full))
         if self.modern:
             self.qk_norm = nn.ParameterList(torch.ones(2, d // num_heads) for _ in range(qkv))
 
@@ -245,15 +244,11 @@ class MoTDiT(nn.Module):
         for i, x in enumerate(bands[1:] if self.pyramid else (), 1):
             coarser = reconstruct([*bands[:i], torch.zeros_like(x)], self.pyramid)
             inputs[i] = torch.cat([x, coarser], dim=1)                              # (B, 2C, H_i, W_i)
-        xs = [
-            self.patch_in[i](patchify(x, self.patches[i])) + getattr(self, f"positions_{i}")        # (B, N_i, D)
-            for i, x in enumerate(inputs)
-        ]
+        xs = [self.patch_in[i](patchify(x, self.patches[i])) + getattr(self, f"positions_{i}")      # (B, N_i, D)
+              for i, x in enumerate(inputs)]
         xs, c = self.trunk(xs, self.time(t), y)
-        return [
-            unpatchify(self.patch_out[i](x, c), self.patches[i], *band.shape[-2:])  # (B, C, H_i, W_i)
-            for i, (x, band) in enumerate(zip(xs, bands, strict=True))
-        ]
+        return [unpatchify(self.patch_out[i](x, c), self.patches[i], *band.shape[-2:])              # (B, C, H_i, W_i)
+                for i, (x, band) in enumerate(zip(xs, bands, strict=True))]
 
     def trunk(self, xs: list[Tensor], time: Tensor, y: Tensor | None, first: int = 0) -> tuple[list[Tensor], Tensor]:
         """Condition tokens and all blocks. xs: from band `first` on (B, N_i, D); time (B, D). Returns xs, c (B, D)."""

@@ -38,10 +38,8 @@ def decompose(x: torch.Tensor, num_scales: int, pyramid: str = "haar") -> list[t
     """
     side = 2 ** (num_scales - 1)
     if num_scales < 1 or x.shape[-2] % side or x.shape[-1] % side:
-        raise ValueError(
-            f"a pyramid of {num_scales} scales needs a height and a width divisible by {side}, "
-            f"but the image is {x.shape[-2]} x {x.shape[-1]}"
-        )
+        raise ValueError(f"a pyramid of {num_scales} scales needs a height and a width divisible by {side}, but the "
+                         f"image is {x.shape[-2]} x {x.shape[-1]}")
     shrink, enlarge = PYRAMIDS[pyramid]
     bands = []
     for _ in range(num_scales - 1):

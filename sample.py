@@ -187,12 +187,10 @@ def main() -> None:
     card.check_push(args)
     with Ranks.start(args.device) as ranks:
         run = load.load_run(args.run, args.raw, str(ranks.device), args.vae, args.noise_scale)
-        if args.compile:
-            load.compile_blocks(run.model)
         if args.export:
             return card.share(run, args, ranks)
         y = conditions.choose(run.condition, args.num, args.labels, args.vectors)
-        settings = graphs.speed_up(run, load.solver_settings(run.cfg, args), args.graphs)
+        settings = graphs.speed_up(run, load.solver_settings(run.cfg, args), args.graphs, args.compile)
         conditions.check_guidance(run.condition, run.cfg.label_drop, settings["cfg_scale"])    # before a file is there
         samples = gallery.Gallery(gallery.folder_of(run, args), gallery.job_of(run, args, settings), args.format, ranks)
         samples.fill(run, chunks_of(args.num, args.batch), partial(draw_batches, run, y=y, seed=args.seed, **settings),

@@ -148,20 +148,22 @@ def loss(model: Callable, x1: Tensor, y: Tensor | None, schedule: Schedule,
          rng) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """Algorithm 1: the LapFlow training loss of images x1 (B, C, H, W) with conditions y (B, ...), or None.
 
-    model(bands, t, y) -> velocities; rng is a `data.batches.BatchRandom` for these rows.
+    model(bands, t, y) -> velocities; rng is a `data.batches.BatchRandom` for these rows. Baselines whose state is one
+    image train with it too: of stage s their `interpolate` gives the image of scale s alone.
     Returns the mean over the rows of the squared error, summed over bands, and for each active band (t, squared error),
     one number per example."""
     x0 = schedule.draw_noise(rng, x1.shape[1:])             # K bands
     x1 = schedule.split(x1)
     stage, u = schedule.stage_of_rows(rng), schedule.draw_times(rng)            # (B,) each
-    total, errors = 0.0, [[] for _ in schedule.starts]
+    total, errors = 0.0, [[(u[:0], u[:0])] for _ in range(stage.max() + 1)]
     for s, rows in rows_by_stage(stage, u.device):
         start, end = schedule.segments[s]
         t = start + ((1.0 if schedule.full_range else end) - start) * u[rows]   # (B_s,)
         xt, v = schedule.interpolate([band[rows] for band in x1[: s + 1]], [band[rows] for band in x0[: s + 1]], t)
         v_pred = model(xt, t, None if y is None else y[rows])
-        for i in range(s + 1):
+        first = s + 1 - len(v)                              # 0, or s where the state is one image
+        for i in range(len(v)):
             error = (v_pred[i].float() - v[i]).square().mean(dim=(1, 2, 3))     # (B_s,)
             total = total + error.sum() / len(u)
-            errors[i].append((t, error.detach()))
-    return total, [tuple(torch.cat(part) for part in zip(*band, strict=True)) for band in errors if band]
+            errors[first + i].append((t, error.detach()))
+    return total, [tuple(torch.cat(part) for part in zip(*band, strict=True)) for band in errors]

@@ -72,7 +72,7 @@ class Job:
     model: nn.Module
     ema: nn.Module | None
     optimizer: torch.optim.Optimizer
-    parts: list[slice]                                      # rows of the global batch: one for each micro-batch
+    parts: memory.Parts                                     # this process's rows of each batch, in micro-batches
     writer: checkpoint.Writer
     step: int = 0
     resumed_at: int = 0
@@ -118,9 +118,8 @@ def resume(job: Job, fresh: bool) -> None:
         ranks.say(load.fine_tune(job.model, cfg.init, job.facts))
         if job.ema is not None:
             job.ema.load_state_dict(job.model.state_dict())
-    ranks.first_does(lambda: checkpoint.prepare(out, fresh, room))              # from here on an old run is gone
-    if ranks.first:
-        checkpoint.write_config(out, cfg.to_dict(), finished=job.step >= cfg.steps)
+    # from here on an old run is gone
+    ranks.first_does(lambda: checkpoint.prepare(cfg, fresh, room, finished=job.step >= cfg.steps))
 
 
 def save(job: Job) -> None:
@@ -142,17 +141,18 @@ def loop(job: Job, stop: StopSignals, deadline: float) -> None:
     unused = cfg.stages == "batch" or len(set(objective.schedule.shares)) > 1
     objective = ranks.parallel(objective, unused, objective.bfloat16)
     metrics = log.Log(cfg, ranks, job.step, job.facts, job.writer)
-    stream = batches.micro_batches(job.dataset, cfg, job.step, job.parts, ranks.device, model.condition)
+    stream = batches.micro_batches(job.dataset, cfg, job.step, job.parts.of_step, ranks.device, model.condition)
     ending = job.step >= cfg.steps
     if ending:                                              # nothing left to train: keeps new settings for sample.py
         save(job)
     while not ending:
         lr = optimizer.param_groups[0]["lr"] = learning_rate(cfg, job.step)
         optimizer.zero_grad(set_to_none=True)
-        for part, (x1, y, rng) in zip(job.parts, metrics.wait_for(stream), strict=True):
-            with objective.no_sync() if several and part is not job.parts[-1] else nullcontext():
+        parts = job.parts.of_step(job.step)
+        for part, (x1, y, rng) in zip(parts, metrics.wait_for(stream), strict=True):
+            with objective.no_sync() if several and part is not parts[-1] else nullcontext():
                 loss, errors = objective(x1, y, rng)
-                (loss / len(job.parts)).backward()
+                (loss / len(parts)).backward()
             metrics.add(loss, errors, len(x1))
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip or math.inf)
         ranks.step(optimizer, grad_norm)                    # left out when the norm is not finite

@@ -24,11 +24,8 @@ from torch import Tensor, nn
 from baselines import trunk
 from config import Config, UserError
 from model import FinalLayer, MoTDiT, TimestepEmbedder, patchify, unpatchify
-from pyramid import down
+from pyramid import PYRAMIDS, down
 from schedule import Schedule, rows_by_stage
-
-# How often the coarsest stage trains. # not in paper: it has 0.9; on the digits 0.5 is far better (0.137, not 0.370).
-COARSE_SHARE = 0.5
 
 
 def widen(x: Tensor) -> Tensor:
@@ -36,13 +33,19 @@ def widen(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
 
 
+PYRAMIDS["bilinear"] = (down, widen)
+
 @dataclass(frozen=True)
 class Decomposable(Schedule):
-    """starts[j]: fraction of their remaining way that the active bands have gone when band j enters; starts[0] = 0."""
+    """starts[j]: fraction of their remaining way that the active bands have gone when band j enters; starts[0] = 0.
+
+    coarse_share    how often stage 0 trains.  # not in paper: it has 0.9; on the digits 0.5 is far better (LOG.md)
+    """
 
     starts: tuple[float, ...] = (0.0, 0.9)
+    pyramid: str = "bilinear"
     noise: str = "independent"
-    coarse_share: float = COARSE_SHARE
+    coarse_share: float = 0.5
 
     def __post_init__(self):
         if self.starts[0] != 0 or not all(0 < start <= 1 for start in self.starts[1:]):
@@ -59,20 +62,6 @@ class Decomposable(Schedule):
         """How often each stage is trained. # not in paper: with more than two, the finer ones divide the rest."""
         finer = self.num_scales - 1
         return [self.coarse_share, *[(1 - self.coarse_share) / finer] * finer] if finer else [1.0]
-
-    def split(self, x: Tensor) -> list[Tensor]:
-        """Band i is D^(K-1-i) x less its coarser version upsampled."""
-        bands = []
-        for _ in range(self.num_scales - 1):
-            bands.insert(0, x - widen(down(x)))
-            x = down(x)
-        return [x, *bands]
-
-    def image(self, bands: list[Tensor]) -> Tensor:
-        x = bands[0]
-        for band in bands[1:]:
-            x = widen(x) + band
-        return x
 
     def band_times(self, clock: float | Tensor, phase: int) -> tuple[list, list]:
         """t_i of bands 0..phase at a moment of the clock, and their rates."""
@@ -92,18 +81,18 @@ class Decomposable(Schedule):
 class SumDiT(MoTDiT):
     """One plain DiT whose tokens are sums over the bands. The patch size of `size` is that of the finest band."""
 
-    def __init__(self, size: str | tuple, in_channels: int, resolution: int, num_scales: int,
-                 condition: Callable | None, condition_tokens: bool, block: str):
-        super().__init__(size, in_channels, resolution, 1, experts="none", condition_tokens=condition_tokens,
-                         condition=condition, block=block)
-        d, (p,), self.num_scales = self.hidden_size, self.patches, num_scales
+    def __init__(self, cfg: Config, channels: int, condition: Callable | None, side: int):
+        super().__init__(cfg.size, channels, side, 1, experts="none", condition_tokens=cfg.condition_tokens,
+                         condition=condition, block=cfg.block)
+        num_scales = self.num_scales = cfg.num_scales
+        d, (p,) = self.hidden_size, self.patches
         if p % 2 ** (num_scales - 1):
             raise UserError(f"DFM cuts all {num_scales} bands into the same number of patches, so the patch size must "
                             f"be divisible by {2 ** (num_scales - 1)}, not {p}: choose another --size")
-        self.patches, self.sides = ([n >> k for k in reversed(range(num_scales))] for n in (p, resolution))
-        self.num_tokens = [(resolution // p) ** 2] * num_scales
-        self.patch_in = nn.ModuleList(nn.Linear(in_channels * q * q, d) for q in self.patches)
-        self.patch_out = nn.ModuleList(FinalLayer(d, in_channels * q * q) for q in self.patches)
+        self.patches, self.sides = ([n >> k for k in reversed(range(num_scales))] for n in (p, side))
+        self.num_tokens = [(side // p) ** 2] * num_scales
+        self.patch_in = nn.ModuleList(nn.Linear(channels * q * q, d) for q in self.patches)
+        self.patch_out = nn.ModuleList(FinalLayer(d, channels * q * q) for q in self.patches)
         self.times = nn.ModuleList(TimestepEmbedder(d) for _ in range(num_scales - 1))  # of the finer bands
         self.initialize()
         for layer in (times.mlp[i] for times in self.times for i in (0, 2)):
@@ -127,8 +116,7 @@ class SumDiT(MoTDiT):
         return bands, t[:, None].expand(-1, stage + 1)
 
 
-def network(cfg: Config, channels: int, condition: Callable | None, side: int) -> SumDiT:
-    return SumDiT(cfg.size, channels, side, cfg.num_scales, condition, cfg.condition_tokens, cfg.block)
+network = SumDiT
 
 
 def schedule(cfg: Config) -> Decomposable:

@@ -23,9 +23,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from baselines.trunk import OneImage, ScaleDiT, one_image_loss, sample
+from baselines.trunk import OneImage, ScaleDiT, sample
 from config import Config
 from pyramid import down, up
+from schedule import loss
 
 __all__ = ["network", "schedule", "loss", "sample"]
 
@@ -45,12 +46,14 @@ class Edify(OneImage):
             return gate, opens
         return t * gate, gate + t * opens
 
-    def interpolate(self, bands: list[Tensor], n: Tensor, i: int, t: Tensor) -> tuple[Tensor, Tensor]:
-        """State and target (B, C, H_i, W_i) of scale i at the times t (B,), from bands 0..i of x1 and unit noise n."""
-        weights = [self.weight(j, t.view(-1, 1, 1, 1)) for j in range(i + 1)]
-        data, moving = (self.image([w[k] * band for w, band in zip(weights, bands, strict=True)]) for k in (0, 1))
-        n = self.noise_std(i) * n
-        return data + (1 - t.view(-1, 1, 1, 1)) * n, moving - n
+    def interpolate(self, x1: list[Tensor], x0: list[Tensor], t: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """[state] and [target] (B, C, H_i, W_i) of the finest scale i of x1 at the times t (B,); x1: bands 0..i of the
+        data, x0: unit noise of each resolution."""
+        i, t = len(x1) - 1, t.view(-1, 1, 1, 1)
+        weights = [self.weight(j, t) for j in range(i + 1)]
+        data, moving = (self.image([w[k] * band for w, band in zip(weights, x1, strict=True)]) for k in (0, 1))
+        n = self.noise_std(i) * x0[i]
+        return [data + (1 - t) * n], [moving - n]
 
     def enter(self, i: int, bands: list[Tensor], z: Tensor) -> list[Tensor]:
         """The switch to scale i; z is unit noise of its resolution."""
@@ -60,23 +63,9 @@ class Edify(OneImage):
 
 
 def network(cfg: Config, channels: int, condition: Callable | None, side: int) -> ScaleDiT:
-    return ScaleDiT(cfg.size, channels, side, cfg.num_scales, condition, cfg.condition_tokens, own_patches=True,
-                    block=cfg.block, patches=cfg.patches)
+    return ScaleDiT(cfg, channels, condition, side, own_patches=True)
 
 
 def schedule(cfg: Config) -> Edify:
     return Edify(cfg.starts, stages=cfg.stages, times=cfg.times, stage_weights=cfg.stage_weights,
                  product=cfg.method == "edify")
-
-
-def loss(model: Callable, x1: Tensor, y: Tensor | None, schedule: Edify, rng) -> tuple[Tensor, list]:
-    """Mean squared error of d X / dt; each example at one scale, at a time in its window."""
-    u, bands = schedule.draw_times(rng), schedule.split(x1)                         # (B,), K bands
-    noise = schedule.draw_noise(rng, x1.shape[1:])
-
-    def state(i, rows, u):
-        start, end = schedule.segments[i]
-        t = start + (end - start) * u
-        return *schedule.interpolate([band[rows] for band in bands[: i + 1]], noise[i][rows], i, t), t
-
-    return one_image_loss(model, y, u, schedule, rng, state)

@@ -24,6 +24,7 @@ of gamma = -1/3.) Three forms, by --method:
 The network sees a global time, in which the interval of each stage is proportional to e_i - s_i (the paper's clock).
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -32,14 +33,7 @@ from torch import Tensor
 from baselines import trunk
 from config import Config
 from pyramid import down, up
-
-
-def levels(x: Tensor, num_scales: int) -> list[Tensor]:
-    """Images of all scales, coarse to fine: D^(K-1-i) x."""
-    images = [x]
-    while len(images) < num_scales:
-        images.insert(0, down(images[0]))
-    return images
+from schedule import loss as flow_loss
 
 
 @dataclass(frozen=True)
@@ -47,6 +41,7 @@ class Pyramidal(trunk.OneImage):
     """Boundaries e_0 < e_1 < ... are starts[1:] and 1, the paper's are i/K; form: a name in the table above."""
 
     form: str = "pyramidal"
+    pooled: bool = False                                    # noise of all scales from one image: see loss
 
     @property
     def windows(self) -> list[tuple[float, float]]:
@@ -65,13 +60,27 @@ class Pyramidal(trunk.OneImage):
     def noise_std(self, i: int) -> float:
         return super().noise_std(i) if self.form == "pyramidal-zero-overlap" else 1.0
 
-    def interpolate(self, x: Tensor, coarser: Tensor | None, n: Tensor, i: int, tau: Tensor) -> tuple[Tensor, Tensor]:
-        """State and target (B, C, H_i, W_i) of stage i at the local times tau (B,): x is the image of this scale,
-        coarser that of the scale below (None in stage 0), n unit noise."""
-        (s, e), tau, n = self.windows[i], tau.view(-1, 1, 1, 1), self.noise_std(i) * n
-        end = e * x + (1 - e) * n
-        start = (1 - s) * n + (s * up(coarser) if i else 0)
-        return tau * end + (1 - tau) * start, end - start
+    def split(self, x: Tensor) -> list[Tensor]:
+        """Images of all scales, coarse to fine: D^(K-1-i) x."""
+        images = [x]
+        while len(images) < self.num_scales:
+            images.insert(0, down(images[0]))
+        return images
+
+    def draw_noise(self, rng, shape: tuple[int, int, int]) -> list[Tensor]:
+        if not self.pooled:
+            return super().draw_noise(rng, shape)
+        return [2.0 ** (self.num_scales - 1 - i) * n for i, n in enumerate(self.split(rng.randn(*shape)))]
+
+    def interpolate(self, x1: list[Tensor], x0: list[Tensor], t: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """[state] and [target] (B, C, H_i, W_i) of the finest scale i of x1 at the times t (B,) of the clock; x1: the
+        images x^0..x^i, x0: unit noise of each resolution."""
+        i = len(x1) - 1
+        (s, e), (start, end), n = self.windows[i], self.segments[i], self.noise_std(i) * x0[i]
+        tau = ((t - start) / (end - start)).view(-1, 1, 1, 1)
+        last = e * x1[i] + (1 - e) * n
+        first = (1 - s) * n + (s * up(x1[i - 1]) if i else 0)
+        return [tau * last + (1 - tau) * first], [last - first]
 
     def enter(self, i: int, bands: list[Tensor], z: Tensor) -> list[Tensor]:
         """The jump to stage i; z is unit noise of its resolution."""
@@ -83,8 +92,7 @@ class Pyramidal(trunk.OneImage):
 
 
 def network(cfg: Config, channels: int, condition: Callable | None, side: int) -> trunk.ScaleDiT:
-    return trunk.ScaleDiT(cfg.size, channels, side, cfg.num_scales, condition, cfg.condition_tokens, own_patches=False,
-                          block=cfg.block, patches=cfg.patches)
+    return trunk.ScaleDiT(cfg, channels, condition, side, own_patches=False)
 
 
 def schedule(cfg: Config) -> Pyramidal:
@@ -92,21 +100,9 @@ def schedule(cfg: Config) -> Pyramidal:
 
 
 def loss(model: Callable, x1: Tensor, y: Tensor | None, schedule: Pyramidal, rng) -> tuple[Tensor, list]:
-    """Mean squared error of X_e - X_s, each example in one stage (the paper mixes them in a batch: stratified)."""
-    num_scales, u, shape = schedule.num_scales, schedule.draw_times(rng), x1.shape[1:]          # u (B,)
-    images = levels(x1, num_scales)                                                 # x^i
-    if schedule.form == "pixelflow":
-        noise = schedule.draw_noise(rng, shape)
-    else:                                                   # pooled from the largest, scaled to unit variance again
-        noise = [2.0 ** (num_scales - 1 - i) * n for i, n in enumerate(levels(rng.randn(*shape), num_scales))]
-
-    def state(i, rows, tau):
-        coarser = images[i - 1][rows] if i else None
-        start, end = schedule.segments[i]
-        xt, v = schedule.interpolate(images[i][rows], coarser, noise[i][rows], i, tau)
-        return xt, v, start + (end - start) * tau                                   # the clock
-
-    return trunk.one_image_loss(model, y, u, schedule, rng, state)
+    """schedule.loss, each example in one stage (the paper mixes them in a batch: stratified). The original pools its
+    noise from the largest image, scaled to unit variance again."""
+    return flow_loss(model, x1, y, dataclasses.replace(schedule, pooled=schedule.form != "pixelflow"), rng)
 
 
 def sample(model: Callable, rng, y: Tensor | None, schedule: Pyramidal, shape: tuple, solve: Callable,

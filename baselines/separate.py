@@ -31,8 +31,7 @@ class Separate(MoTDiT):
         return self.coarser[len(bands) - 1](bands, t, y)
 
 
-def network(cfg: Config, channels: int, condition: Callable | None, side: int) -> Separate:
-    return Separate(cfg, channels, condition, side)
+network = Separate
 
 
 def schedule(cfg: Config) -> Schedule:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from config import Config
 from model import MoTDiT, patchify, unpatchify
-from schedule import Schedule, rows_by_stage
+from schedule import Schedule
 
 
 def sample(model: Callable, rng, y: Tensor | None, schedule: Schedule, shape: tuple[int, int, int], solve: Callable,
@@ -29,43 +30,24 @@ class OneImage(Schedule):
     """A schedule whose state is a list of one image; `starts` has an entry for each scale, coarse to fine."""
 
     noise: str = "independent"                              # unit noise at each resolution
+    full_range: bool = False                                # scale i trains in its window alone
 
     def noise_std(self, i: int) -> float:
         """Of white noise of the largest scale, pooled to scale i."""
         return 0.5 ** (self.num_scales - 1 - i)
 
 
-def one_image_loss(model: Callable, y: Tensor | None, u: Tensor, schedule: OneImage, rng,
-                   state: Callable) -> tuple[Tensor, list]:
-    """Mean squared error of d X / dt, each example at one scale, as schedule.loss returns it.
-
-    u (B,) in [0, 1] says where in its window each row trains; state(i, rows, u) gives X, d X / dt and the time (B_i,)
-    of some rows at scale i, for their u.
-    """
-    stage = schedule.stage_of_rows(rng)                                             # (B,)
-    total, errors = 0.0, [(u[:0], u[:0])] * (stage.max() + 1)
-    for i, rows in rows_by_stage(stage, u.device):
-        xt, v, t = state(i, rows, u[rows])
-        (v_pred,) = model([xt], t, None if y is None else y[rows])
-        error = (v_pred.float() - v).square().mean(dim=(1, 2, 3))                   # (B_i,)
-        total = total + error.sum() / len(u)
-        errors[i] = (t, error.detach())
-    return total, errors
-
-
 class ScaleDiT(MoTDiT):
     """model.py's blocks with one set of weights; a pass has the tokens of one scale, known by the size of its image.
 
     own_patches   each scale has its own patch embedding and output layer, as with `patches`; otherwise all scales share
-                  one of each, and the parameters are those of a plain DiT. The other arguments are those of MoTDiT
+                  one of each, and the parameters are those of a plain DiT
     """
 
-    def __init__(self, size: str | tuple, in_channels: int, resolution: int, num_scales: int,
-                 condition: Callable | None, condition_tokens: bool, own_patches: bool, block: str,
-                 patches: tuple[int, ...] = ()):
-        super().__init__(size, in_channels, resolution, num_scales, experts="none", condition_tokens=condition_tokens,
-                         condition=condition, block=block, patches=patches)
-        if not own_patches and not patches:
+    def __init__(self, cfg: Config, channels: int, condition: Callable | None, side: int, own_patches: bool):
+        super().__init__(cfg.size, channels, side, cfg.num_scales, experts="none", condition=condition,
+                         condition_tokens=cfg.condition_tokens, block=cfg.block, patches=cfg.patches)
+        if not own_patches and not cfg.patches:
             del self.patch_in[1:], self.patch_out[1:]
 
     def forward(self, bands: list[Tensor], t: Tensor, y: Tensor | None = None) -> list[Tensor]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config import Config, UserError
+from config import Config, UserError, explain
 from data import fashion as fashion_mnist
 from data import sources
 from data.latents import read_header
@@ -86,9 +86,9 @@ def read_step(dataset: "Dataset", cfg: Config, step: int, parts: list[slice]) ->
     return [dataset.read(index[part], u[part]) for part in parts]
 
 
-def micro_batches(dataset: "Dataset", cfg: Config, step: int, parts: list[slice], device: torch.device,
-                  condition: torch.nn.Module | None) -> Generator[Generator, None, None]:
-    """Yields, for step, step + 1, ..., a generator of (x1, y, rng) for each part of this process, on the device.
+def micro_batches(dataset: "Dataset", cfg: Config, step: int, parts: Callable[[int], list[slice]],
+                  device: torch.device, condition: torch.nn.Module | None) -> Generator[Generator, None, None]:
+    """Yields, for step, step + 1, ..., a generator of (x1, y, rng) for each of parts(step), on the device.
 
     y is what `condition` takes, with its null in cfg.label_drop of the rows, or None; the loss draws from rng. A thread
     reads one step ahead, into pinned memory for a GPU; a part goes to the device when its turn comes.
@@ -96,11 +96,11 @@ def micro_batches(dataset: "Dataset", cfg: Config, step: int, parts: list[slice]
     device = torch.device(device)
 
     def read(step):
-        pairs = read_step(dataset, cfg, step, parts)
+        pairs = read_step(dataset, cfg, step, parts(step))
         return [[x if x is None or device.type != "cuda" else x.pin_memory() for x in pair] for pair in pairs]
 
     def prepare(step, pairs):
-        for part, (raw, y) in zip(parts, pairs, strict=True):
+        for part, (raw, y) in zip(parts(step), pairs, strict=True):
             rng = BatchRandom(cfg.seed, step, cfg.batch, part, device)
             x1 = dataset.x1(raw.to(device, non_blocking=True), rng)                 # (B, C, H, W)
             if y is not None:                               # one draw per example, shared by all bands
@@ -261,8 +261,8 @@ def fashion(where: str, split: str = "train") -> Images:
 def read_all(source: sources.Source, cfg: Config) -> Images:
     """Every image of a source, decoded into memory (3 R^2 bytes each). Raises UserError at a bad one, or skips it."""
     vectors = source.vectors() if cfg.condition == "vectors" else None
-    with sources.explain(f"{len(source):,} images of {cfg.res} x {cfg.res} are too many for the memory",
-                         "; train on smaller ones, or on latents", kinds=MemoryError):
+    with explain(f"{len(source):,} images of {cfg.res} x {cfg.res} are too many for the memory",
+                 "; train on smaller ones, or on latents", kinds=MemoryError):
         pixels, good, bad = np.empty((len(source), 3, cfg.res, cfg.res), np.uint8), [], []
     if FIRST:
         source.warn_of_small(cfg.res)
@@ -297,15 +297,14 @@ def image_files(cfg: Config) -> Dataset:
     if cfg.dataset == "folder" and "test" in source.splits:
         try:
             test = sources.open_source(cfg.dataset, cfg.data, "test")
+            if test.classes != source.classes:
+                raise UserError(f"the split test of {cfg.data} has other classes")
             if cfg.condition == "vectors":
                 test.vectors()                              # raises when they are missing
-            problem = "" if test.classes == source.classes else f"the split test of {cfg.data} has other classes"
-        except UserError as error:
-            problem = str(error)
-        if not problem:
             images.held_out = functools.cache(functools.partial(read_all, test, cfg))
-        elif FIRST:
-            print(f"warning: {problem}: scores compare with the training images")
+        except UserError as problem:
+            if FIRST:
+                print(f"warning: {problem}: scores compare with the training images")
     return images
 
 
@@ -329,7 +328,7 @@ def open_latents(cfg: Config) -> Latents:
         wrong.append(f"it was made of other images than {cfg.data}")
     if wrong:
         raise UserError(f"the latent cache in {folder} is of another run: {'; '.join(wrong)}. Make one with{command}")
-    with sources.explain(f"the latent cache in {folder} is damaged", f"; delete it and make it again with{command}"):
+    with explain(f"the latent cache in {folder} is damaged", f"; delete it and make it again with{command}"):
         latents = Latents(folder, header, cfg.flip)
     if vectors:
         array = sources.read_vectors(folder / "vectors.npy", header["count"])

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from config import UserError, first_line
+from config import UserError, explain
 
 
 class Labels(nn.Module):
@@ -109,11 +109,9 @@ def choose(condition: nn.Module | None, num: int | None, labels: list | str | in
 def read_vectors(dim: int, vectors: np.ndarray | Tensor | str) -> Tensor:
     """Vectors (n, dim) or a .npy file of them, as float32. Raises UserError."""
     name = f"the vectors in {vectors}" if isinstance(vectors, str) else "vectors"
-    try:
+    with explain(f"{name} cannot be read"):
         array = np.load(vectors, allow_pickle=False) if isinstance(vectors, str) else vectors
         rows = torch.as_tensor(array, dtype=torch.float32).cpu()
-    except Exception as problem:                            # numpy raises many kinds for a damaged file
-        raise UserError(f"{name} cannot be read: {first_line(problem)}") from None
     if rows.ndim != 2 or rows.shape[1] != dim or not len(rows) or not rows.isfinite().all():
         raise UserError(f"{name} must be finite, of shape (n, {dim}), not {tuple(rows.shape)}")
     return rows

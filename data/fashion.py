@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from config import UserError
-from data.sources import LARGEST, explain, open_source
+from config import UserError, explain
+from data.sources import LARGEST, open_source
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 CLASSES = ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]

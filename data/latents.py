@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 import config
-from config import UserError
+from config import UserError, explain
 from data import sources
 from run import checkpoint
 from run.paper import cache_folder, standard_vae
@@ -50,7 +50,7 @@ class Autoencoder:
             folder = sources.download(name, ["config.json", "*.safetensors", "*.bin"])
         if not (folder / "config.json").exists() and (folder / "vae").is_dir():
             folder = folder / "vae"                         # a whole pipeline
-        with sources.explain(f"there is no AutoencoderKL of diffusers in {folder}"):
+        with explain(f"there is no AutoencoderKL of diffusers in {folder}"):
             vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True,
                                                 low_cpu_mem_usage=False)            # needs no accelerate
         channels, digest = vae.config.latent_channels, hashlib.sha256()
@@ -226,7 +226,7 @@ class Cache:
 def encode(dataset: str, res: int, data: str, vae: str, out: Path, split: str = "train", condition: str = "labels",
            batch: int = 16, workers: int = 4, skip_bad: bool = False, device: str | None = None) -> dict:
     """Encodes a data set into `out`, or goes on with it. Returns the header. Raises UserError for what goes wrong."""
-    with Ranks.start(device) as ranks, sources.explain(
+    with Ranks.start(device) as ranks, explain(
             f"encoding into {out} stopped", "; the same command goes on from there", OSError):
         source = sources.open_source(dataset, data, split)
         torch.backends.cudnn.allow_tf32 = False

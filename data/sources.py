@@ -19,15 +19,15 @@ import io
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from config import UserError, first_line
+from config import UserError, explain
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")     # PIL knows many more: it hands PostScript to Ghostscript
@@ -40,17 +40,6 @@ WHERE = {                                                   # printed when no im
     "imagenet": """get ImageNet from image-net.org or kaggle.com/c/imagenet-object-localization-challenge, and name the
   folder with train/n01440764 and the other 999, the zip of Kaggle, or a parquet copy of it""",
 }
-
-
-@contextmanager
-def explain(failure: str, advice: str = "", kinds: type[Exception] = Exception) -> Iterator[None]:
-    """Turns an exception into one sentence: decoders, archives and numpy raise many kinds for a damaged file."""
-    try:
-        yield
-    except UserError:
-        raise
-    except kinds as problem:
-        raise UserError(f"{failure}: {first_line(problem)}{advice}") from None
 
 
 @dataclass

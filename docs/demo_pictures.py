@@ -7,8 +7,7 @@
 import shutil
 
 import config
-from config import UserError
-from data.sources import explain
+from config import UserError, explain
 from extras import demo
 
 

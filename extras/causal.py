@@ -72,7 +72,6 @@ def thumbnails(run: Run, num: int, y: Tensor | None, seed: int = 0, batch: int =
     """Previews of the images 0..num-1 of a seed: uint8 (num, r, r, C), and NFE. y: of all images."""
     check_run(run)
     check_guidance(run.condition, run.cfg.label_drop, settings["cfg_scale"])
-    load.full_float32()
     parts = [preview(run, part, None if y is None else y[part.start : part.stop], seed, **settings)
              for part in sources.chunks_of(num, batch)]
     return np.concatenate([run.decode(x1) for x1, _ in parts]), parts[0][1]
@@ -208,10 +207,7 @@ def draw(args: argparse.Namespace) -> None:
     check(run, args)
     settings = solver.solver_settings(run.cfg, args)
     check_guidance(run.condition, run.cfg.label_drop, settings["cfg_scale"])
-    if args.compile:
-        load.compile_blocks(run.model)
-    settings = graphs.speed_up(run, settings, args.graphs)
-    load.full_float32()
+    settings = graphs.speed_up(run, settings, args.graphs, args.compile)
     y = choose(run.condition, max(args.numbers) + 1, args.labels, args.vectors)
     y = None if y is None else y[args.numbers * args.num if args.command == "vary" else args.numbers]
     out = gallery.folder_of(run, args)

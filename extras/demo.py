@@ -19,8 +19,8 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import config
-from config import UserError
-from data import conditions, sources
+from config import UserError, explain
+from data import conditions
 from extras import causal, studio
 from extras.studio import ENLARGED, FILM_SIDE, FILM_STEPS, VARIATIONS, Wish, figures, follow, note
 from run import graphs, load
@@ -32,7 +32,7 @@ DIGITS, FLAGS = Path("out/digits"), []                      # what train.py is a
 
 def import_gradio() -> ModuleType:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"        # before the import: it would ask for its newest version
-    with sources.explain("the page needs gradio", ": pip install -e '.[demo]'", ImportError):
+    with explain("the page needs gradio", ": pip install -e '.[demo]'", ImportError):
         import gradio
     return gradio
 
@@ -49,8 +49,7 @@ class Shared:
     def open(self, name: str | None, **options) -> None:
         """Loads a run. Raises UserError when it cannot be shown."""
         run = load.load_run(name, device=self.device, **options)
-        causal.check(run, SimpleNamespace(command="preview", num=1, batch=1, seed=0, bands=1, numbers=[0]))
-        load.full_float32()
+        causal.check_run(run)
         run.ready()
         graphs.speed_up(run, load.solver_settings(run.cfg, SimpleNamespace(precision=self.precision)), self.graphs)
         self.run = run
@@ -234,7 +233,7 @@ def launch(shared: Shared, host: str, port: int | None) -> object:
     gr, page, here = import_gradio(), build(shared), Path(__file__)
     theme = gr.themes.Base(primary_hue="blue", neutral_hue="gray", font=["system-ui", "sans-serif"],
                            font_mono=["ui-monospace", "monospace"])
-    with sources.explain(f"the page cannot be served on {host}", "; choose another --host or --port", OSError):
+    with explain(f"the page cannot be served on {host}", "; choose another --host or --port", OSError):
         socket.create_server((host, port or 0)).close()     # otherwise gradio tries a hundred ports
         page.queue(max_size=100).launch(
             server_name=host, server_port=port, theme=theme, css=here.with_suffix(".css").read_text(), quiet=True,

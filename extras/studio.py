@@ -147,13 +147,9 @@ def read_wish(run: Run, classes: list[str], vectors: str, num: float, seed: floa
     config.check_sampling_flags(args, least=1)
     settings = solver_settings(run.cfg, args)
     conditions.check_guidance(run.condition, run.cfg.label_drop, settings["cfg_scale"])
-    rows = conditions.choose(run.condition, args.num)       # what the run has, in turn
-    if classes:
-        rows = torch.cat([conditions.choose(run.condition, 1, label) for label in classes])
-    elif vectors.strip():
-        rows = read_vectors(run.condition, vectors)
-    y = None if rows is None else rows[torch.arange(args.num) % len(rows)].to(run.device)
-    return Wish(y, args.num, args.seed, settings)
+    given = read_vectors(run.condition, vectors) if vectors.strip() else None
+    y = conditions.choose(run.condition, args.num, classes or None, given)          # neither: what the run has, in turn
+    return Wish(None if y is None else y.to(run.device), args.num, args.seed, settings)
 
 
 def read_vectors(condition: conditions.Vectors, text: str) -> Tensor:

@@ -11,9 +11,8 @@ import sys
 from pathlib import Path
 
 import config
-from config import UserError
+from config import UserError, explain
 from data.conditions import Vectors
-from data.sources import explain
 from run import checkpoint, load, memory, pictures
 from run.load import HUB, PLACES, Run
 from run.paper import find_row, nearest_preset, resolve
@@ -157,7 +156,7 @@ def scores(run: Run) -> str:
             cost = f", {report['nfe']:g} calls of the network each" if "nfe" in report else ""
             keys = ("steps", "interval", "noise_scale", "labels", "vectors")
             how = "".join(f", {key.replace('_', ' ')} {report[key]}" for key in keys
-                          if report.get(key) not in (None, [0, 1], "balanced"))
+                          if report.get(key) not in (None, [], [0, 1], "balanced"))
             parts.append(f"{report['num']} images, seed {report['seed']}, {report['solver']}, guidance "
                          f"{report['cfg_scale']:g}{how}{cost}; `real`: as many real images, scored the same way.\n\n"
                          f"```\n{table(report)}\n```")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from config import Config, UserError, differences, first_line
+from config import Config, UserError, differences, explain
 from run.ranks import Ranks
 
 VERSION = 2
@@ -38,30 +38,23 @@ def path(run: Path, step: int) -> Path:
     return run / f"step-{step:08d}.pt"
 
 
-def prepare(run: Path, fresh: bool, room: int) -> None:
-    """Makes the run directory, emptied of an old run when fresh. The checkpoints need `room` bytes of its disk."""
+def prepare(cfg: Config, fresh: bool, room: int, finished: bool) -> None:
+    """Makes the run directory and its config.json. Old checkpoints go when fresh, scores unless the run is finished.
+    The checkpoints need `room` bytes of its disk."""
+    run = Path(cfg.out)
     if is_export(run):
         raise UserError(f"{run} is an export, and a run cannot be in it too: choose another directory with --out")
-    try:
+    with explain(f"the run directory {run} cannot be written", "; choose another with --out", OSError):
         run.mkdir(parents=True, exist_ok=True)
-        (run / ".writable").touch()
-        (run / ".writable").unlink()
         room -= sum(path.stat().st_size for path in steps(run))
         if (free := shutil.disk_usage(run).free) < room:
             raise UserError(f"the checkpoints need {room / 1e9:.1f} GB more, but there are {free / 1e9:.1f} GB free "
                             f"for {run}: choose another directory with --out, or keep fewer: --keep, --keep-every")
+        (run / "config.json").write_text(json.dumps(cfg.to_dict(), indent=2) + "\n")        # before anything goes
         old = [*steps(run), run / "metrics.jsonl", run / "scores.jsonl"] if fresh else []
-        for file in [*run.glob("step-*.tmp"), *old]:
+        scores = [] if finished else run.glob("scores*.json")                       # of a shorter or an older run
+        for file in [*run.glob("step-*.tmp"), *old, *scores]:
             file.unlink(missing_ok=True)
-    except OSError as problem:
-        raise UserError(f"the run directory {run} cannot be written: {problem}; choose another with --out") from None
-
-
-def write_config(run: Path, config: dict, finished: bool) -> None:
-    """Writes config.json; removes the scores of a shorter or an older run."""
-    (run / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for file in [] if finished else run.glob("scores*.json"):
-        file.unlink()
 
 
 def save(run: Path, state: dict, keep: int = 2, keep_every: int = 0) -> Path:
@@ -152,18 +145,15 @@ def read(path: Path, checked: bool = False, mapped: bool = False) -> dict:
     """The contents of one checkpoint, on the CPU. Raises UserError when it is damaged, foreign, or of another version.
     checked: another process has verified it. Then, and when mapped, only what is used of the file is read, into memory
     that the processes of a machine share."""
-    try:
+    with explain(f"the checkpoint {path} cannot be read"):  # zipfile and torch raise many kinds for a damaged file
         if not checked:
             with zipfile.ZipFile(path) as archive:
                 if damaged := archive.testzip():
                     raise UserError(f"the checkpoint {path} is damaged: the checksum of {damaged!r} is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=checked or mapped)
-    except UserError:
-        raise
-    except pickle.UnpicklingError:
-        raise UserError(f"the checkpoint {path} is refused: it holds more than tensors and plain values") from None
-    except Exception as problem:                            # zipfile and torch raise many kinds for a damaged file
-        raise UserError(f"the checkpoint {path} cannot be read: {first_line(problem)}") from None
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=checked or mapped)
+        except pickle.UnpicklingError:
+            raise UserError(f"the checkpoint {path} is refused: it holds more than tensors and plain values") from None
     version = state.get("version") if isinstance(state, dict) else None
     if version != VERSION:
         raise UserError(f"the checkpoint {path} has version {version!r:.20}, this code reads version {VERSION}")
@@ -187,12 +177,10 @@ def check_same_run(state: dict, cfg: Config, facts: dict) -> None:
 
 def read_json(file: Path, what: str) -> dict | None:
     """A JSON object, None without the file. Raises UserError, naming `what` it should be, for anything else."""
-    try:
+    with explain(f"{file} cannot be read as {what}"):
+        if not file.exists():
+            return None
         content = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as problem:
-        raise UserError(f"{file} cannot be read as {what}: {first_line(problem)}") from None
     if not isinstance(content, dict):
         raise UserError(f"{file} is not a {what}: it is not a JSON object")
     return content

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from config import UserError
+from config import UserError, explain
 from data.conditions import find_label
-from data.sources import chunks_of, explain, open_source
+from data.sources import chunks_of, open_source
 from run import checkpoint, pictures
 from run.load import Run
 from run.memory import peak_memory
@@ -123,12 +123,7 @@ def job_of(run: Run, args: argparse.Namespace, settings: dict) -> dict:
     digest = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
     return {"run": str(run.folder), "step": run.step, "weights": run.weights, "fingerprint": run.fingerprint,
             "num": args.num, "seed": args.seed, "batch": args.batch, "labels": args.labels,
-            "vectors": args.vectors and [args.vectors, digest], **noise_scale(run), **settings}
-
-
-def noise_scale(run: Run) -> dict:
-    """Only where there is one: a job that began before this setting goes on."""
-    return {"noise_scale": run.cfg.noise_scale} if run.cfg.noise_scale else {}
+            "vectors": args.vectors and [args.vectors, digest], "noise_scale": run.cfg.noise_scale, **settings}
 
 
 def arrays_of(y: torch.Tensor | np.ndarray | None, count: int) -> dict[str, np.ndarray]:
@@ -202,7 +197,7 @@ def report_of(run: Run, notes: list[dict], seed: int, batch: int, settings: dict
     score: that of the network has another name."""
     nfe, num = np.mean([note["nfe"] for note in notes], axis=0).tolist(), sum(note["count"] for note in notes)
     how = {"network_precision" if key == "precision" else key: value for key, value in settings.items()}
-    return {"num": num, "seed": seed, "batch": batch, **noise_scale(run), **how,
+    return {"num": num, "seed": seed, "batch": batch, "noise_scale": run.cfg.noise_scale, **how,
             "nfe_segments": nfe, "nfe": sum(nfe), "forwards": sum(note["forwards"] for note in notes) / len(notes),
             "seconds_per_image": sum(note["seconds"] for note in notes) / num,
             "memory_gb": peak_memory(run.device), "device": str(run.device),
@@ -216,7 +211,7 @@ def describe(report: dict) -> str:
         settings.append(f"norm over the {report['norm']}")
     low, high = report.get("interval", (0, 1))
     between = "" if (low, high) == (0, 1) else f" between t = {low:g} and {high:g}"
-    noise = f", noise x {','.join(f'{x:g}' for x in report['noise_scale'])}" if "noise_scale" in report else ""
+    noise = f", noise x {','.join(f'{x:g}' for x in report['noise_scale'])}" if report.get("noise_scale") else ""
     network = report.get("network_precision", "float32") + noise
     segments = " + ".join(f"{n:g}" for n in report["nfe_segments"])
     return (f"weights    {report['weights']} at step {report['step']} of {report['run']}\n"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from config import first_line
 from model import TimestepEmbedder
 from run import ranks
-from run.load import Run
+from run.load import Run, compile_blocks
 
 LARGEST = 64                                                # recordings kept; the oldest goes first
 
@@ -118,13 +118,16 @@ class Recorded:
         return True
 
 
-def speed_up(run: Run, settings: dict, graphs: bool = False, record: Callable | None = None) -> dict:
-    """Prepares the network of a run, in place, for the precision in `settings`, and with --graphs for CUDA graphs.
+def speed_up(run: Run, settings: dict, graphs: bool = False, compiled: bool = False,
+             record: Callable | None = None) -> dict:
+    """Prepares the network of a run, in place: --compile, the precision in `settings`, and with --graphs CUDA graphs.
 
     What this machine cannot do is reported and left out: returns the settings that remain. A network that is prepared
     already keeps its recordings. record: in place of CudaGraph, for tests.
     """
     device, bfloat16 = run.device, settings["precision"] == "bfloat16"
+    if compiled:
+        compile_blocks(run.model)
     if bfloat16 and not ranks.has_bfloat16(device):
         warn(f"{torch.cuda.get_device_name(device)} does not compute in bfloat16: sampling in float32")
         bfloat16, settings = False, {**settings, "precision": "float32"}

@@ -27,10 +27,9 @@ import torch
 from torch import Tensor
 
 import baselines
-from config import Config, UserError
+from config import Config, UserError, explain
 from data import batches, conditions, latents, sources
 from data.conditions import condition_of
-from data.sources import explain
 from model import MoTBlock, MoTDiT
 from run import checkpoint
 from run.checkpoint import VERSION
@@ -152,7 +151,7 @@ class Run:
 def load_run(name: str | None = None, raw: bool = False, device: str | None = None, vae: str | None = None,
              noise_scale: tuple | None = None) -> Run:
     """A run directory (its newest whole checkpoint), one of its checkpoints, an export, or an export on the hub; None:
-    the newest run. vae: where its autoencoder is now; noise_scale: in place of the run's own."""
+    the newest run. vae: where its autoencoder is now; noise_scale: in place of the run's own. Turns TF32 off."""
     folder, state, weights = read_state(name, raw)
     named = state["config"].get("vae")
     if checkpoint.is_export(folder) and named and not vae and (
@@ -164,6 +163,7 @@ def load_run(name: str | None = None, raw: bool = False, device: str | None = No
     if cfg.space == "latent" and not cfg.latents:           # an export does not name it
         cfg = dataclasses.replace(cfg, latents=cache_folder(cfg.dataset, cfg.res, cfg.vae, "train"))
     model = restore_model(cfg, facts, state[WEIGHTS[weights]], folder, best_device(device))
+    full_float32()
     return Run(cfg, model.eval().requires_grad_(False), facts, folder, state["step"], weights)
 
 

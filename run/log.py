@@ -32,8 +32,7 @@ import torch
 from tqdm import tqdm
 
 import baselines
-from config import Config, UserError
-from data.sources import explain
+from config import Config, UserError, explain
 from run import checkpoint
 from run.memory import forward_flops, meta_model, peak_flops
 from run.ranks import Ranks

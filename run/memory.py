@@ -8,6 +8,7 @@ of what autograd keeps. Days assume a share of the GPU's peak.
 import math
 import sys
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -83,12 +84,13 @@ def activation_bytes(model: torch.nn.Module, stage: int, precision: str, compile
     return count * (4 * d * model.depth + block) if model.recompute else count * block * model.depth
 
 
-def memory_bytes(model: torch.nn.Module, cfg: Config, micro_batch: int, world: int = 1) -> int:
-    """Peak on one GPU: weights, gradients (twice while they are summed), Adam's two moments, EMA, and activations."""
+def memory_bytes(model: torch.nn.Module, cfg: Config, micro_batch: int, world: int = 1, stage: int = -1) -> int:
+    """Peak on one GPU: weights, gradients (twice while they are summed), Adam's two moments, EMA, and activations: of a
+    batch that trains `stage`, or of one with a share of each stage."""
     state = 4 * parameters(model) * (2 + 2 / (world if cfg.shard else 1) + (cfg.ema > 0) + (world > 1)
                                      + 0.5 * (cfg.precision == "bfloat16"))
     per_image = [activation_bytes(model, stage, cfg.precision, cfg.compile) for stage in range(model.num_scales)]
-    return int(state + micro_batch * (max(per_image) if cfg.stages == "batch" else mean_of_stages(cfg, per_image)))
+    return int(state + micro_batch * (per_image[stage] if cfg.stages == "batch" else mean_of_stages(cfg, per_image)))
 
 
 def peak_memory(device: torch.device) -> float:
@@ -108,25 +110,44 @@ def free_memory(device: torch.device) -> float:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
 
 
-def fit_micro_batch(model: torch.nn.Module, cfg: Config, share: int, free: float, world: int = 1,
-                    least: int = 1) -> int:
+def fit_micro_batch(model: torch.nn.Module, cfg: Config, share: int, free: float, world: int = 1, least: int = 1,
+                    stage: int = -1) -> int:
     """The largest divisor of a process's share of the batch whose images fit into `free` bytes; `least` at least."""
     divisors = [size for size in range(share, least - 1, -1) if share % size == 0] or [share]
-    return next((size for size in divisors if memory_bytes(model, cfg, size, world) < 0.9 * free), divisors[-1])
+    return next((n for n in divisors if memory_bytes(model, cfg, n, world, stage) < 0.9 * free), divisors[-1])
 
 
-def split_batch(model: torch.nn.Module, cfg: Config, ranks: Ranks) -> list[slice]:
-    """This process's rows of every batch, in parts of --micro-batch images or of as many as fit."""
+@dataclass
+class Parts:
+    """This process's rows of a batch, cut into micro-batches: for each stage that a whole batch may train, where coarse
+    stages have fewer and larger ones. Stratified stages have images of all of them in each part."""
+
+    cfg: Config
+    by_stage: list[list[slice]]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Images at a time, by stage."""
+        return [rows[0].stop - rows[0].start for rows in self.by_stage]
+
+    def of_step(self, step: int) -> list[slice]:
+        shares = baselines.SYSTEMS[self.cfg.method].schedule(self.cfg).shares
+        return self.by_stage[batches.BatchRandom(self.cfg.seed, step, self.cfg.batch).choice(shares)]
+
+
+def split_batch(model: torch.nn.Module, cfg: Config, ranks: Ranks) -> Parts:
+    """Parts of --micro-batch images, or of as many as fit the memory."""
     free, there = ranks.least(free_memory(ranks.device)), 4 * parameters(model)    # the weights are there already
     least, share = cfg.num_scales if cfg.stages == "stratified" else 1, cfg.batch // ranks.world
-    size = cfg.micro_batch or fit_micro_batch(model, cfg, share, free + there, ranks.world, least)
-    return ranks.rows(cfg.batch, size, least)
+    sizes = [cfg.micro_batch or fit_micro_batch(model, cfg, share, free + there, ranks.world, least, stage)
+             for stage in range(cfg.num_scales)]
+    return Parts(cfg, [ranks.rows(cfg.batch, size, least) for size in sizes])
 
 
-def explained(model: torch.nn.Module, cfg: Config, parts: list[slice], ranks: Ranks) -> AbstractContextManager:
+def explained(model: torch.nn.Module, cfg: Config, parts: Parts, ranks: Ranks) -> AbstractContextManager:
     """Turns an out-of-memory error inside the block into a UserError that says what may fit."""
     def failure():
-        size = parts[0].stop - parts[0].start
+        size = parts.sizes[-1]                              # the finest stage has the most tokens
         need, used = memory_bytes(model, cfg, size, ranks.world) / 1e9, peak_memory(ranks.device)
         smaller = max((n for n in range(1, size) if size % n == 0), default=0)
         advice = f"try --micro-batch {smaller} (the same batch, in more parts) or --recompute"
@@ -142,7 +163,7 @@ def tokens_by_stage(model: torch.nn.Module) -> str:
     return ", ".join(str(model.tokens(stage)) for stage in range(model.num_scales))
 
 
-def summary(model: torch.nn.Module, cfg: Config, facts: dict, parts: list[slice], ranks: Ranks) -> str:
+def summary(model: torch.nn.Module, cfg: Config, facts: dict, parts: Parts, ranks: Ranks) -> str:
     """What a run is: the settings that differ from the defaults, and its size."""
     default = Config()
     changes = [f"{name} {','.join(map(str, value)) if isinstance(value, tuple) else value}"
@@ -150,11 +171,13 @@ def summary(model: torch.nn.Module, cfg: Config, facts: dict, parts: list[slice]
     classes = facts["classes"]
     names = ", ".join(classes[:3] + (["..."] if len(classes) > 3 else []))
     condition = f"{len(classes)} classes ({names})" if names else "vectors" if facts["vectors"] else "no classes"
+    split = dict.fromkeys(f"{ranks.world} x {len(rows)} x {size}"
+                          for rows, size in zip(parts.by_stage, parts.sizes, strict=True))
     return (f"run        {cfg.out}: {', '.join(changes) or 'the defaults'}\n"
             f"data       {facts['count']:,} images, {condition}\n"
             f"model      {parameters(model) / 1e6:.2f} M parameters, {tokens_by_stage(model)} tokens by stage\n"
-            f"batch      {cfg.batch} images = {ranks.world} x {len(parts)} x {parts[0].stop - parts[0].start} "
-            f"(processes, micro-batches, images), on {ranks.device}")
+            f"batch      {cfg.batch} images = {', '.join(split)} (processes, micro-batches, images"
+            f"{'; by stage' if len(split) > 1 else ''}), on {ranks.device}")
 
 
 def paper_facts(cfg: Config) -> dict:

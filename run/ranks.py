@@ -30,7 +30,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from config import UserError, first_line
+from config import UserError, explain
 
 # A process that hangs ends the others after this long. One that dies ends them at once: torchrun stops them.
 TIMEOUT = timedelta(minutes=float(os.environ.get("LAPFLOW_TIMEOUT_MINUTES", 30)))
@@ -45,14 +45,12 @@ def best_device(name: str | None = None) -> torch.device:
     """The device of that name, or the best there is; turns cuDNN attention off. UserError when it cannot be used."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
+    there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
+    with explain(f"the device {name!r} cannot be used", f"; choose one of {there}", (RuntimeError, AssertionError)):
         torch.zeros(1, device=name).item()
         if name.startswith("cuda"):                         # cuDNN attention's backward gave NaN at lengths like ours,
             torch.backends.cuda.enable_cudnn_sdp(False)     # 64 mod 128 (pytorch issue 196678): flash attention instead
         return torch.device(name)
-    except (RuntimeError, AssertionError) as problem:
-        there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
-        raise UserError(f"the device {name!r} cannot be used: {first_line(problem)}; choose one of {there}") from None
 
 
 @contextmanager

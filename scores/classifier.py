@@ -19,9 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import trange
 
-from config import UserError
+from config import UserError, explain
 from data.batches import Dataset
-from data.sources import explain
 from run.load import full_float32
 
 SETTINGS = dict(version=1, widths=(32, 64, 128, 128), features=128, side=64, examples=60_000, epochs=20, least=300,

@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from config import UserError, check_choice
-from data.sources import explain
+from config import UserError, check_choice, explain
 from run.load import full_float32
 
 INCEPTION_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"

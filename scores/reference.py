@@ -20,8 +20,8 @@ import numpy as np
 from tqdm import tqdm
 
 import config
-from config import UserError
-from data.sources import chunks_of, explain, open_source
+from config import UserError, explain
+from data.sources import chunks_of, open_source
 from run.ranks import Ranks
 from scores import features as extractors
 

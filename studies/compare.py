@@ -178,7 +178,7 @@ def train_rows(rows: list[tuple[str, Config]], args: argparse.Namespace, commit:
     for name, cfg in rows:
         scores = json.loads((folder / "scores.json").read_text())
         if cfg.dataset != "digits":
-            scores = judged(cfg, args.device, scores)
+            scores = judged(cfg, args.device)
         sampling = sum(calls * count for calls, count in zip(scores["nfe_segments"], flops, strict=True))
         for key in ("run", "seconds_per_image", "seconds_total"):       # times are measured later, one run at a time
             scores.pop(key, None)
@@ -197,7 +197,7 @@ def loaded(cfg: Config, device: str | None) -> load.Run:
     return run
 
 
-def judged(cfg: Config, device: str | None, scores: dict) -> dict:
+def judged(cfg: Config, device: str | None) -> dict:
     """The scores of a run on larger images: in pixels, in the features of a classifier where they have classes, and of
     EfficientNet where it is installed."""
     run = loaded(cfg, device)

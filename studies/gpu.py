@@ -48,7 +48,6 @@ from schedule import Schedule, loss
 from scores.classifier import load_classifier
 from studies import compare, timing
 
-ROOT = Path(__file__).resolve().parent.parent
 NO_GPU = 3                                                  # exit code of a section
 
 
@@ -192,7 +191,8 @@ def tests(job: Job) -> None:
     """The tests on this GPU; DIR/tests.txt has what they print, also when they are cut off."""
     command = [sys.executable, "-m", "pytest", "-q", "tests/test_gpu.py", "tests/test_graphs.py"]
     with open(job.out / "tests.txt", "w") as file:
-        subprocess.run([*command, *["--collect-only"] * job.dry], cwd=ROOT, stdout=file, stderr=file, check=False)
+        command += ["--collect-only"] * job.dry
+        subprocess.run(command, cwd=compare.ROOT, stdout=file, stderr=file, check=False)
     job.say("tests", result=next(iter((job.out / "tests.txt").read_text().splitlines()[-1:]), ""))
 
 
@@ -233,20 +233,19 @@ def end_of_step(model: torch.nn.Module, ema: torch.nn.Module | None, optimizer: 
                 cfg: Config) -> None:
     """Clipping, AdamW and the moving average, as in train.loop."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip)
-    optimizer.found_inf = (~norm.isfinite()).float()
-    optimizer.step()
+    Ranks(0, 1, norm.device).step(optimizer, norm)
     if ema is not None:
         train.update_ema(ema, model, cfg.ema, 10)
 
 
-def time_stages(job: Job, name: str, model: torch.nn.Module, mode: str, micro: int, end: float) -> int:
-    """Seconds, share of the peak and memory of each stage, with a micro-batch that fits, which is returned; then images
-    per second of whole steps. end: seconds that a step needs for its end."""
+def time_stages(job: Job, name: str, model: torch.nn.Module, mode: str, sizes: list[int], end: float) -> list[int]:
+    """Seconds, share of the peak and memory of each stage, with a micro-batch that fits: these are returned; then
+    images per second of whole steps. end: seconds that a step needs for its end."""
     cfg, peak, cuda = job.preset(name), memory.peak_flops(job.device), job.device.type == "cuda"
     flops = memory.forward_flops(memory.meta_model(cfg, memory.paper_facts(cfg)))
-    state, taken, used = memory.memory_bytes(model, cfg, 0), [], []
+    state, taken, used, sizes = memory.memory_bytes(model, cfg, 0), [], [], list(sizes)
     while len(taken) < cfg.num_scales:
-        stage = len(taken)
+        stage, micro = len(taken), sizes[len(taken)]
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         try:
@@ -257,18 +256,18 @@ def time_stages(job: Job, name: str, model: torch.nn.Module, mode: str, micro: i
             model.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
             job.say("out of memory", preset=name, mode=mode, stage=stage, micro_batch=micro)
-            micro, taken, used = max(n for n in range(1, micro) if cfg.batch % n == 0), [], []
+            sizes[stage] = max(n for n in range(1, micro) if cfg.batch % n == 0)
             continue
         used.append(memory.peak_memory(job.device))
         plan = state + micro * memory.activation_bytes(model, stage, cfg.precision, mode == "compiled")
         job.say("stage", preset=name, mode=mode, stage=stage, micro_batch=micro, milliseconds=1000 * taken[-1],
                 mfu=3 * micro * flops[stage] / taken[-1] / peak if peak else None, seconds_first=first,
                 memory_gb=used[-1], plan_gb=plan / 1e9)
-    step = cfg.batch / micro * memory.mean_of_stages(cfg, taken) + end
-    job.say("training", preset=name, mode=mode, micro_batch=micro, images_per_second=cfg.batch / step,
+    step = cfg.batch * memory.mean_of_stages(cfg, [t / n for t, n in zip(taken, sizes, strict=True)]) + end
+    job.say("training", preset=name, mode=mode, micro_batches=sizes, images_per_second=cfg.batch / step,
             memory_gb=max(used),
             mfu=3 * cfg.batch * memory.mean_of_stages(cfg, flops) / step / peak if peak else None)
-    return micro
+    return sizes
 
 
 def profile(job: Job, name: str, model: torch.nn.Module, micro: int) -> None:
@@ -298,12 +297,12 @@ def stages(job: Job, names: tuple) -> None:
             parameter.grad = torch.randn_like(parameter)
         end = job.seconds(partial(end_of_step, model, ema, optimizer, cfg))
         job.say("end of a step", preset=name, milliseconds=1000 * end)
-        micro = memory.fit_micro_batch(model, dataclasses.replace(cfg, stages="batch"), cfg.batch, free)
-        time_stages(job, name, model, "eager", micro, end)  # perhaps with a smaller one, if this is too large
+        sizes = [memory.fit_micro_batch(model, cfg, cfg.batch, free, stage=stage) for stage in range(cfg.num_scales)]
+        time_stages(job, name, model, "eager", sizes, end)  # perhaps with smaller ones, if these are too large
         load.compile_blocks(model)
-        micro = time_stages(job, name, model, "compiled", micro, end)
+        sizes = time_stages(job, name, model, "compiled", sizes, end)
         if name == "celebahq-256":
-            profile(job, name, model, micro)
+            profile(job, name, model, sizes[-1])
         del model, ema, optimizer
         gc.collect()                                        # a compiled module refers to itself
         if job.device.type == "cuda":
@@ -355,7 +354,8 @@ def sampling(job: Job) -> None:
 def train_here(job: Job, cfg: Config, spare: float = 2.0) -> tuple[train.Job, list[dict]]:
     """The training loop, without checkpoints, until `spare` seconds before the section ends: its state, its lines."""
     train.save = lambda state: None                         # a process of its own: nobody else sees it
-    checkpoint.prepare = lambda run, fresh, room, prepare=checkpoint.prepare: prepare(run, fresh, 0)    # nor the disk
+    prepare = checkpoint.prepare
+    checkpoint.prepare = lambda cfg, fresh, room, finished: prepare(cfg, fresh, 0, finished)        # nor the disk
     cfg = dataclasses.replace(cfg, out=str(job.folder / "run"), latents=str(job.folder / "cache"))
     if cfg.space == "latent":
         random_cache(job.folder / "cache", cfg)

@@ -22,8 +22,7 @@ import fid
 import sample
 from config import UserError
 from data import batches
-from data.batches import ImageRandom
-from extras.causal import later
+from extras.causal import later, noise_of
 from pyramid import decompose
 from run import load, log
 from run.load import Run
@@ -43,7 +42,7 @@ def real_until(run: Run, j: int, x1: Tensor, y: Tensor, seed: int = 0, cfg_scale
     """Images (B, C, H, W) whose bands 0..j-1 are those of x1 (B, C, H, W) at T_j, with noise of their own; after it the
     network moves them, and the finer bands join as always."""
     schedule, model = run.schedule, sample.Guided(run.model, cfg_scale, interval, precision)
-    noise = schedule.draw_noise(ImageRandom(seed, range(len(x1)), run.device), run.shape)
+    noise = noise_of(run, seed, range(len(x1)))
     now = torch.full((len(x1),), schedule.starts[j], device=run.device)
     given, _ = schedule.interpolate(schedule.split(x1)[:j], noise[:j], now)
     bands, _ = sample.solve(lambda bands, t: model(bands, t.expand(len(x1)), y), schedule.scaled(noise)[j:],
@@ -110,7 +109,6 @@ def main() -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps [the best there is]")
     args, lines = parser.parse_args(), []
     log.check_record(args.record)
-    load.full_float32()
     for name in args.runs:
         run = load.load_run(name, device=args.device)
         for row, values in measured(run, args.num):

@@ -13,7 +13,7 @@ import torch
 
 import sample as sampling
 import train
-from baselines import SYSTEMS, dfm, edify, lfm, pyramidal
+from baselines import SYSTEMS, dfm, lfm, pyramidal
 from config import METHODS, Config, UserError
 from conftest import random_model
 from data.batches import BatchRandom, ImageRandom
@@ -94,24 +94,12 @@ def state_matrices(schedule, stage: int, t: float):
                            for b, at in zip(bands, times, strict=True)])
         one = torch.eye(len(data), dtype=torch.float64)
         return scale * data, (1 - scale) * one, data, -one
-    side = SIDE >> (num_scales - 1 - stage)
+    side, x1 = SIDE >> (num_scales - 1 - stage), schedule.split(eye)[: stage + 1]
     noise = images(torch.eye(side**2, dtype=torch.float64), side)
-    if type(schedule) is Schedule:                          # LFM
-        (a,), (da,) = schedule.interpolate([eye], [0 * eye], torch.full((SIDE**2,), t, dtype=torch.float64))
-        (b,), (db,) = schedule.interpolate([0 * eye], [eye], torch.full((SIDE**2,), t, dtype=torch.float64))
-    elif isinstance(schedule, edify.Edify):
-        bands = decompose(eye, num_scales)[: stage + 1]
-        at = torch.full((len(eye),), t, dtype=torch.float64)
-        a, da = schedule.interpolate(bands, torch.zeros(len(eye), 1, side, side, dtype=torch.float64), stage, at)
-        at = torch.full((len(noise),), t, dtype=torch.float64)
-        b, db = schedule.interpolate([0 * band[: len(noise)] for band in bands], noise, stage, at)
-    else:
-        levels = pyramidal.levels(eye, num_scales)
-        coarser = levels[stage - 1] if stage else None
-        at = torch.full((len(eye),), t, dtype=torch.float64)
-        a, da = schedule.interpolate(levels[stage], coarser, torch.zeros_like(levels[stage]), stage, at)
-        zero = None if coarser is None else 0 * coarser[: len(noise)]
-        b, db = schedule.interpolate(0 * noise, zero, noise, stage, at[: len(noise)])
+    zeros = [torch.zeros(len(eye), 1, side, side, dtype=torch.float64)] * (stage + 1)
+    (a,), (da,) = schedule.interpolate(x1, zeros, torch.full((len(eye),), t, dtype=torch.float64))
+    x1 = [0 * x[: len(noise)] for x in x1]
+    (b,), (db,) = schedule.interpolate(x1, [noise] * (stage + 1), torch.full((len(noise),), t, dtype=torch.float64))
     return tuple(matrix(x) for x in (a, b, da, db))
 
 
@@ -125,10 +113,7 @@ class Oracle:
         schedule, num_scales = self.schedule, self.schedule.num_scales
         stage = [SIDE >> k for k in reversed(range(num_scales))].index(bands[-1].shape[-1])
         at = t.flatten()[0].item()
-        if isinstance(schedule, pyramidal.Pyramidal):       # from the clock to the time inside the stage
-            start, end = schedule.segments[stage]
-            at = (at - start) / (end - start)
-        elif isinstance(schedule, dfm.Decomposable):        # from the coarsest band's time back to the clock
+        if isinstance(schedule, dfm.Decomposable):          # from the coarsest band's time back to the clock
             (low, high), (start, end) = schedule.segments[stage], (
                 schedule.band_times(edge, stage)[0][0] for edge in schedule.segments[stage])
             at = low + (high - low) * (at - start) / (end - start)
@@ -157,9 +142,8 @@ def test_the_jump_reproduces_the_next_start_exactly(method, num_scales):
     """Mean (the map from the data) and covariance of the noise, in closed form, without any solver."""
     schedule = SYSTEMS[method].schedule(config(method, num_scales))
     for stage in range(1, num_scales):
-        ends = (1.0, 0.0) if isinstance(schedule, pyramidal.Pyramidal) else (schedule.starts[stage],) * 2
-        a, b, _, _ = state_matrices(schedule, stage - 1, ends[0])
-        wanted_a, wanted_b, _, _ = state_matrices(schedule, stage, ends[1])
+        a, b, _, _ = state_matrices(schedule, stage - 1, schedule.segments[stage - 1][1])
+        wanted_a, wanted_b, _, _ = state_matrices(schedule, stage, schedule.segments[stage][0])
         side = SIDE >> (num_scales - stage)
         none = torch.zeros(SIDE**2, 1, 2 * side, 2 * side, dtype=torch.float64)
         after_a = matrix(schedule.enter(stage, [images(a, side)], none)[0])
@@ -174,17 +158,16 @@ def test_the_jump_reproduces_the_next_start_exactly(method, num_scales):
 def test_the_target_is_the_finite_difference_of_the_state(method):
     schedule, step = SYSTEMS[method].schedule(config(method)), 1e-6
     for stage in range(schedule.num_scales):
+        start, end = schedule.segments[stage]
+        at, rates = start + 0.4 * (end - start), None
         if isinstance(schedule, dfm.Decomposable):          # d state / d clock = rate of its time x target
-            start, end = schedule.segments[stage]
-            at = start + 0.4 * (end - start)
             rates = schedule.band_times(at, stage)[1]
-        else:
-            start, end = (0.0, 1.0) if isinstance(schedule, pyramidal.Pyramidal) else schedule.segments[stage]
-            at, rates = start + 0.4 * (end - start), None
+        elif isinstance(schedule, pyramidal.Pyramidal):
+            rates = [1 / (end - start)]
         a, b, da, db = state_matrices(schedule, stage, at)
         (a0, b0, _, _), (a1, b1, _, _) = (state_matrices(schedule, stage, at + h) for h in (-step, step))
         if rates is not None:
-            sizes = [(SIDE >> (schedule.num_scales - 1 - i)) ** 2 for i in range(stage + 1)]
+            sizes = [(SIDE >> (schedule.num_scales - 1 - i)) ** 2 for i in range(stage + 1)][-len(rates) :]
             speed = torch.cat([torch.full((n, 1), r, dtype=torch.float64) for n, r in zip(sizes, rates, strict=True)])
             da, db = speed * da, speed * db
         assert torch.allclose((a1 - a0) / (2 * step), da, atol=1e-8)
@@ -269,9 +252,10 @@ def test_lapflow_summed_up_is_the_plain_edify_process_with_the_same_noise(stage)
     for _ in range(2 - stage):
         n = down(n)
     plain, usual = (SYSTEMS[method].schedule(config(method, starts=starts)) for method in ("edify-plain", "edify"))
-    state, target = plain.interpolate(x1, n / plain.noise_std(stage), stage, t)
+    noise = [None] * stage + [n / plain.noise_std(stage)]
+    (state,), (target,) = plain.interpolate(x1, noise, t)
     assert torch.allclose(reconstruct(xt), state) and torch.allclose(reconstruct(v), target)
-    product, _ = usual.interpolate(x1, n / plain.noise_std(stage), stage, t)
+    (product,), _ = usual.interpolate(x1, noise, t)
     assert torch.allclose(product, state) == (stage == 0)   # the product form is another process from band 1 on
 
 

@@ -97,7 +97,7 @@ def test_rows_that_differ_in_sampling_share_a_training(tmp_path, monkeypatch):
     for folder in ("", "scaled"):
         for cfg in (plain, scaled):
             with pytest.raises(ZeroDivisionError):
-                compare.judged(dataclasses.replace(cfg, out=str(tmp_path / "out" / folder)), "cpu", {})
+                compare.judged(dataclasses.replace(cfg, out=str(tmp_path / "out" / folder)), "cpu")
     assert given == 2 * [((), ()), (2 * ((1.0, 0.85, 0.85),))]
 
 
@@ -140,7 +140,8 @@ def test_lines_of_other_programs_are_passed_over(tmp_path, monkeypatch):
 def test_runs_on_larger_images_are_judged_and_those_on_the_digits_are_not(tmp_path, monkeypatch):
     Image.new("RGB", (32, 32)).save(tmp_path / "0.png")
     calls, child = [], SimpleNamespace(wait=lambda: None, returncode=0)
-    monkeypatch.setattr(compare, "judged", lambda cfg, device, scores: calls.append(cfg.dataset) or scores)
+    monkeypatch.setattr(compare, "judged", lambda cfg, device: calls.append(cfg.dataset) or {
+        "nfe_segments": [1] * cfg.num_scales, "frechet_pixel": 1.0})
     monkeypatch.setattr(compare, "subprocess", SimpleNamespace(Popen=lambda *_, **__: child))
     for dataset in ("digits", "fashion", "folder"):
         args = arguments(tmp_path, dataset=dataset, data=str(tmp_path) if dataset == "folder" else None, seeds=1,
@@ -176,11 +177,11 @@ def test_rows_that_share_a_training_follow_each_other_and_nothing_begins_after_a
         def terminate(self):
             self.ends.set()
 
-    def judged(cfg, device, scores):
+    def judged(cfg, device):
         judging.append(cfg.noise_scale)
         failing.set()
         time.sleep(0.3)                                     # the other training has failed before this is over
-        return scores
+        return {"nfe_segments": [1, 1, 1], "frechet_pixel": 1.0}
 
     monkeypatch.setattr(compare, "judged", judged)
     monkeypatch.setattr(compare, "subprocess", SimpleNamespace(Popen=Child))
@@ -442,7 +443,7 @@ def test_fashion_is_judged_by_its_classifier(tmp_path, monkeypatch):
     cfg = Config(dataset="fashion", res=32, size="32,1,2,4", steps=2, batch=16, num_samples=140, out="run",
                  solver="euler", solver_steps=2)
     train.train(cfg, device="cpu")
-    both = compare.judged(cfg, "cpu", {})
+    both = compare.judged(cfg, "cpu")
     for scores in (both, both["real"]):                     # 150 images are compared with as many others
         assert scores["frechet_pixel"] > 0 and scores["frechet"] > 0 and "label_agreement" in scores
         assert scores["n"] == scores["n_reference"] == 140
@@ -467,6 +468,6 @@ def test_a_folder_is_compared_under_its_name_and_judged_without_classes_too(tmp_
     same_commands(compare.plan_runs(args))
     cfg = dataclasses.replace(cfg, batch=8, num_samples=130, solver="euler", solver_steps=2)
     train.train(cfg, device="cpu")
-    judged = compare.judged(cfg, "cpu", {})
+    judged = compare.judged(cfg, "cpu")
     assert judged["frechet_pixel"] > 0 and not {"frechet", "label_agreement"} & set(judged)
     assert "needs --data DIR" in give_up("studies.compare", "--dataset", "folder")

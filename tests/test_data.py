@@ -228,7 +228,7 @@ def test_uint8_rounds_and_clamps():
 
 def take(cfg, dataset, steps, parts, condition=None):
     """[[(x1, y, a number drawn after them) for each part] for each step]."""
-    stream = batches.micro_batches(dataset, cfg, 0, parts, "cpu", condition)
+    stream = batches.micro_batches(dataset, cfg, 0, lambda step: parts, "cpu", condition)
     result = [[(x1, y, rng.rand()) for x1, y, rng in step] for step in itertools.islice(stream, steps)]
     stream.close()
     return result
@@ -248,7 +248,7 @@ def test_micro_batches_draw_as_one_process_would():
     assert len(steps) == 3 and all(torch.equal(torch.cat(parts), all_rows) for parts, all_rows in
                                    zip(zip(*steps[0], strict=True), whole, strict=True))
     assert not torch.equal(steps[0][0][0], steps[1][0][0])
-    later = batches.micro_batches(digits, cfg, 2, [slice(4, 8)], "cpu", condition)      # a run resumed at step 2
+    later = batches.micro_batches(digits, cfg, 2, lambda step: [slice(4, 8)], "cpu", condition)     # resumed at step 2
     assert torch.equal(next(next(later))[0], steps[2][1][0])
 
 

@@ -12,10 +12,12 @@ from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import baselines
 import config
 from config import Config, UserError
 from conftest import random_model
 from data import batches
+from data.batches import BatchRandom
 from model import MoTDiT
 from run import load, memory, paper
 from run.paper import PRESETS
@@ -330,13 +332,34 @@ def test_micro_batches_fit_the_memory():
     assert memory.free_memory(torch.device("cpu")) == math.inf
 
 
+def test_coarse_stages_take_more_images_at_a_time(monkeypatch):
+    """Each stage of a row of the paper as many as fit, divisors of the share, and one of them more would not."""
+    cfg, ranks = paper.resolve({"preset": "celebahq-1024"}), Ranks(1, 4, torch.device("cpu"))
+    model, free = memory.meta_model(cfg, memory.paper_facts(cfg)), 64e9
+    monkeypatch.setattr(memory, "free_memory", lambda device: free)
+    monkeypatch.setattr(Ranks, "least", lambda ranks, value: value)             # the others have as much
+    parts, room = memory.split_batch(model, cfg, ranks), 0.9 * (free + 4 * memory.parameters(model))
+    assert parts.sizes == [32, 16, 4]
+    for stage, (size, rows) in enumerate(zip(parts.sizes, parts.by_stage, strict=True)):
+        assert rows == [slice(row, row + size) for row in range(32, 64, size)]
+        assert memory.memory_bytes(model, cfg, size, 4, stage) < room
+        assert size == 32 or memory.memory_bytes(model, cfg, 2 * size, 4, stage) >= room
+    schedule = baselines.SYSTEMS[cfg.method].schedule(cfg)
+    for step in range(20):                                  # the parts of a step are those of the stage that it trains
+        rows = parts.of_step(step)
+        stages = {s for part in rows for s in schedule.stage_of_rows(BatchRandom(cfg.seed, step, cfg.batch, part))}
+        assert rows == parts.by_stage[stages.pop()] and not stages
+    assert "128 images = 4 x 1 x 32, 4 x 2 x 16, 4 x 8 x 4 (processes, micro-batches, images; by stage)" in (
+        memory.summary(model, cfg, memory.paper_facts(cfg), parts, ranks))
+
+
 def test_without_room_stratified_stages_keep_the_images_they_need(monkeypatch):
     monkeypatch.setattr(memory, "free_memory", lambda device: 0.0)
     cfg, ranks = paper.resolve({"dataset": "folder", "data": "x"}), Ranks(0, 1, torch.device("cpu"))
     assert (cfg.stages, cfg.num_scales, cfg.batch) == ("stratified", 3, 32)
     model = memory.meta_model(cfg, memory.paper_facts(cfg))
     parts = memory.split_batch(model, cfg, ranks)
-    assert parts == [slice(row, row + 4) for row in range(0, 32, 4)]            # of 1, 2, 4, ... the first from 3 up
+    assert parts.by_stage == 3 * [[slice(row, row + 4) for row in range(0, 32, 4)]]     # of 1, 2, 4, ... from 3 up
     with (pytest.raises(UserError, match="4 images at a time.*no smaller micro-batch is possible: add --recompute"),
           memory.explained(model, cfg, parts, ranks)):
         raise torch.OutOfMemoryError("out of memory")

@@ -1,5 +1,6 @@
 """Several processes train what a single process does; a killed worker costs nothing; micro-batches; compiled blocks."""
 
+import dataclasses
 import json
 import math
 import os
@@ -404,6 +405,28 @@ def test_micro_batches_train_what_the_whole_batch_does(tmp_path, stages, method)
         assert [x or 0 for x in a["loss_bands"]] == pytest.approx([x or 0 for x in b["loss_bands"]], rel=1e-5)
         assert (a["loss"], a["grad_norm"]) == pytest.approx((b["loss"], b["grad_norm"]), rel=1e-5)
     assert close(*(weights(cfg.out) for cfg in runs), atol=2e-5)
+
+
+@needs_fork
+def test_micro_batches_by_stage_train_what_the_whole_batch_does(tmp_path, monkeypatch):
+    """In two processes too: as many images of a stage at a time as fit, against all of them in one process."""
+    alone, shared = (tiny(tmp_path, name, steps=6, stages="batch", log_every=1, num_scales=3, size="32,2,2,1")
+                     for name in ("alone", "shared"))
+    sizes, loss = [], baselines.lapflow.loss
+
+    def seen(model, x1, *arguments):
+        total, errors = loss(model, x1, *arguments)
+        sizes.append((len(errors) - 1, len(x1)))
+        return total, errors
+
+    monkeypatch.setattr(baselines.lapflow, "loss", seen)
+    train.train(alone, device="cpu")
+    monkeypatch.setattr(memory, "fit_micro_batch", lambda *arguments: (8, 4, 2)[arguments[-1]])
+    train_by(2, shared, tmp_path)
+    train.train(dataclasses.replace(shared, out=str(tmp_path / "sizes")), device="cpu")
+    assert set(sizes[:6]) == {(0, 16), (1, 16), (2, 16)} and set(sizes[6:]) == {(0, 8), (1, 4), (2, 2)}
+    for a, b in zip(*(metrics(cfg.out) for cfg in (alone, shared)), strict=True):       # rounding turns a few signs of
+        assert (a["loss"], a["grad_norm"]) == pytest.approx((b["loss"], b["grad_norm"]), rel=1e-4)  # first updates
 
 
 def test_too_small_a_share_for_all_stages_is_an_error(tmp_path):

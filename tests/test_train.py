@@ -289,7 +289,7 @@ def test_a_save_that_is_killed_leaves_the_old_checkpoint_of_the_same_step(tmp_pa
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert newest.read_bytes() == before and checkpoint.load_newest(tmp_path)["step"] == 20
     assert [path.suffix for path in tmp_path.iterdir() if path.suffix != ".pt"] == [".tmp"]
-    checkpoint.prepare(tmp_path, False, 0)
+    checkpoint.prepare(Config(out=str(tmp_path)), fresh=False, room=0, finished=False)
     assert not list(tmp_path.glob("*.tmp"))
     checkpoint.save(tmp_path, state)                                            # and left alone it is replaced
     assert same(checkpoint.load_newest(tmp_path)["model"], state["model"])
