@@ -172,6 +172,8 @@ class Config:
             starts = [(0.9 if i else 0.0) if self.method == "dfm" else i / self.num_scales
                       for i in range(self.num_scales)]
             object.__setattr__(self, "starts", tuple(starts))
+        if self.space == "latent" and not self.latents:
+            object.__setattr__(self, "latents", cache_folder(self.dataset, self.res, self.vae, "train"))
 
     def check_combinations(self) -> None:
         """Raises UserError for settings that do not go together."""
@@ -222,6 +224,11 @@ class Config:
         if unknown:
             raise UserError(f"unknown settings in the configuration: {', '.join(unknown)}")
         return cls(**values)
+
+
+def cache_folder(dataset: str, res: int, vae: str, split: str) -> str:
+    """Where data.latents writes and train.py reads by default."""
+    return f"latents/{dataset}-{res}-{vae.rstrip('/').split('/')[-1].split('@')[0]}/{split}"
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:

@@ -35,6 +35,7 @@ def widen(x: Tensor) -> Tensor:
 
 PYRAMIDS["bilinear"] = (down, widen)
 
+
 @dataclass(frozen=True)
 class Decomposable(Schedule):
     """starts[j]: fraction of their remaining way that the active bands have gone when band j enters; starts[0] = 0.
@@ -116,7 +117,7 @@ class SumDiT(MoTDiT):
         return bands, t[:, None].expand(-1, stage + 1)
 
 
-network = SumDiT
+network = SumDiT                                            # (cfg, channels, condition, side)
 
 
 def schedule(cfg: Config) -> Decomposable:

@@ -31,7 +31,7 @@ class Separate(MoTDiT):
         return self.coarser[len(bands) - 1](bands, t, y)
 
 
-network = Separate
+network = Separate                                          # (cfg, channels, condition, side)
 
 
 def schedule(cfg: Config) -> Schedule:

@@ -29,7 +29,7 @@ import config
 from config import UserError, explain
 from data import sources
 from run import checkpoint
-from run.paper import cache_folder, standard_vae
+from run.paper import standard_vae
 from run.ranks import Ranks
 
 
@@ -266,7 +266,7 @@ def main() -> None:
     if args.res < 8 or args.batch < 1:
         raise UserError("--res must be at least 8 and --batch at least 1")
     args.vae = args.vae or standard_vae(args.res)
-    args.out = Path(args.out or cache_folder(args.dataset, args.res, args.vae, args.split))
+    args.out = Path(args.out or config.cache_folder(args.dataset, args.res, args.vae, args.split))
     header = encode(**vars(args))
     if int(os.environ.get("RANK", 0)) == 0:
         for name in header["left_out"]:

@@ -33,7 +33,6 @@ from data.conditions import condition_of
 from model import MoTBlock, MoTDiT
 from run import checkpoint
 from run.checkpoint import VERSION
-from run.paper import cache_folder
 from run.ranks import best_device, within_memory
 from run.solver import solver_settings
 
@@ -160,8 +159,6 @@ def load_run(name: str | None = None, raw: bool = False, device: str | None = No
                         "folders of this machine: name it yourself with --vae")
     changes = {key: x for key, x in (("vae", vae or None), ("noise_scale", noise_scale)) if x is not None}
     cfg, facts = Config.from_dict({**state["config"], **changes}), state["data"]
-    if cfg.space == "latent" and not cfg.latents:           # an export does not name it
-        cfg = dataclasses.replace(cfg, latents=cache_folder(cfg.dataset, cfg.res, cfg.vae, "train"))
     model = restore_model(cfg, facts, state[WEIGHTS[weights]], folder, best_device(device))
     full_float32()
     return Run(cfg, model.eval().requires_grad_(False), facts, folder, state["step"], weights)

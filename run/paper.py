@@ -151,16 +151,9 @@ def resolve(given: dict) -> Config:
         method = "" if cfg.method == preset.method else f"-{cfg.method}"
         res = "" if cfg.res == preset.res else f"-{cfg.res}"
         cfg = dataclasses.replace(cfg, out=f"out/{row}{method}{res}")
-    if cfg.space == "latent" and not cfg.latents:
-        cfg = dataclasses.replace(cfg, latents=cache_folder(cfg.dataset, cfg.res, cfg.vae, "train"))
     return cfg
 
 
 def standard_vae(res: int) -> str:
     """The autoencoder of the paper for this resolution."""
     return EQ_VAE if res <= 256 else SD_VAE
-
-
-def cache_folder(dataset: str, res: int, vae: str, split: str) -> str:
-    """Where data.latents writes and train.py reads by default."""
-    return f"latents/{dataset}-{res}-{vae.rstrip('/').split('/')[-1].split('@')[0]}/{split}"
