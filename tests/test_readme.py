@@ -507,7 +507,7 @@ def test_forks_train(tmp_path):
     assert "[False, False, True]" in out and out.count("frechet_pixel") == 3 and "dataset arrays" in out
     with pytest.raises(UserError) as problem:
         load.load_run(str(fork / "out" / "gaussian"), device="cpu")
-    assert str(problem.value) == "unknown pyramid 'gaussian'; choose one of haar"
+    assert str(problem.value) == "unknown pyramid 'gaussian'; choose one of haar, bilinear"
 
 
 @pytest.mark.slow
