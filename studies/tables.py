@@ -88,14 +88,14 @@ def ablations(name: str, dataset: str) -> str:
 
 
 def speed() -> str:
-    """Our passes against those of a single-scale DiT and of the other LapFlow: medians of the last three runs."""
+    """Our passes against those of a single-scale DiT and of the other LapFlow: medians of the last eight runs."""
     rows, table = [row for row in lines("bench") if row.get("what") == "compare"], []
     rivals = {"diffusers DiT": "diffusers' DiT", "rectified-flow-pytorch": "rectified-flow-pytorch"}
     for row in {row["side"]: row for row in rows}.values():
         for what in ("forward and backward", "forward"):
             over = {name: [line[what]["over"][name] for line in rows
                            if line["side"] == row["side"] and name in line[what]["over"]] for name in rivals}
-            ratios = [f"{statistics.median(runs[-3:]):.3f}" if runs else "not measured" for runs in over.values()]
+            ratios = [f"{statistics.median(runs[-8:]):.3f}" if runs else "not measured" for runs in over.values()]
             table.append([f"{row['side']} x {row['side']}", row["num_scales"], row["batch"], what,
                           f"{row['limit']:.3f}", *ratios])
     head = ["latents", "K", "batch", "", "FLOPs, ours / our one scale", *(f"time, ours / {n}" for n in rivals.values())]
