@@ -134,10 +134,10 @@ def gpu() -> str:
 
 
 TABLES = {"garments": garments, "presets": plan.presets, "speed": speed, "gpu": gpu,
-          "systems": partial(systems, "compare"), "fashion": partial(systems, "fashion", compare.IMAGES),
-          "crops": partial(systems, "crops", compare.FOLDER_32), "crops64": partial(systems, "crops64", compare.IMAGES),
-          "ablations": partial(ablations, "ablations", "digits"),
+          "systems": partial(systems, "compare"), "ablations": partial(ablations, "ablations", "digits"),
+          "fashion": partial(systems, "fashion", compare.IMAGES), "crops": partial(systems, "crops", compare.FOLDER_32),
           "fashion_ablations": partial(ablations, "fashion", "fashion"),
+          "crops64": partial(systems, "crops64", compare.FOLDER_64),
           "fashion_steps": partial(systems, "fashion", {name: given for name, (given, _) in compare.STEPS.items()}),
           "fashion_guidance": partial(systems, "fashion", {name: row[0] for name, row in compare.GUIDANCE.items()}),
           "quality": partial(systems, "quality", compare.IMAGES), "variety": lambda: variety.table(lines("variety"))}
