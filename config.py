@@ -220,8 +220,7 @@ class Config:
         """The inverse of to_dict. Raises UserError for a key that is no setting."""
         if not isinstance(values, dict):
             raise UserError("a configuration must be a JSON object of settings")
-        unknown = sorted(map(repr, set(values) - {f.name for f in dataclasses.fields(cls)}))
-        if unknown:
+        if unknown := sorted(map(repr, set(values) - {f.name for f in dataclasses.fields(cls)})):
             raise UserError(f"unknown settings in the configuration: {', '.join(unknown)}")
         return cls(**values)
 

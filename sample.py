@@ -78,6 +78,8 @@ def solve(velocity: Callable, noise: list[Tensor], schedule, solver: str = "dopr
         except AssertionError as problem:                   # how torchdiffeq reports that no step is small enough
             raise UserError(f"{solver} cannot meet rtol {rtol:g} and atol {atol:g} in segment {j} ({problem}); "
                             "choose larger tolerances") from None
+        finally:
+            field.check()
         bands, nfe = unpack(state, field.shapes), nfe + field.calls
     return bands, nfe
 
@@ -88,17 +90,20 @@ class Field:
     def __init__(self, velocity: Callable, bands: list[Tensor], j: int, schedule):
         self.velocity, self.shapes, self.calls = velocity, [band.shape[1:] for band in bands], 0
         self.end, self.name = schedule.segments[j][1], f"segment {j} of {schedule.num_scales}"
+        self.failed = torch.tensor(math.inf, device=bands[0].device)                # first time that is not finite
 
     def __call__(self, t: Tensor, state: Tensor) -> Tensor:
         self.calls += 1
-        if not t.isfinite():
-            raise AssertionError("its first step is not finite")
         t = t.clamp(max=self.end)                           # the probe for a first step may look too far
         v = pack(self.velocity(unpack(state, self.shapes), t)).to(state)
-        if not v.isfinite().all():
-            raise UserError(f"the velocity is not finite at t = {t.item():.4f}, in {self.name}: these weights have "
-                            "diverged; sample an earlier checkpoint")
+        self.failed = torch.where(v.isfinite().all(), self.failed, self.failed.fmin(t))           # t may be no number
         return v
+
+    def check(self) -> None:
+        """Once for a segment, not for each call: a GPU is waited for."""
+        if not self.failed.isinf():
+            raise UserError(f"the velocity is not finite at t = {self.failed:.4f}, in {self.name}: these weights have "
+                            "diverged; sample an earlier checkpoint")
 
 
 class Guided:

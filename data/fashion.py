@@ -37,8 +37,7 @@ def read(where: str, split: str = "train") -> tuple[np.ndarray, np.ndarray, str]
     else:
         folder, names = Path(where or DEBIAN), [f"{PREFIX[split]}-{kind}-ubyte.gz" for kind in
                                                 ("images-idx3", "labels-idx1")]
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
+        if missing := [name for name in names if not (folder / name).is_file()]:
             raise UserError(f"there is no {missing[0]} in {folder}; {HOW}")
         pixels, labels = (read_idx(folder / name, shape) for name, shape in zip(names, ((28, 28), ()), strict=True))
         where = str(folder)

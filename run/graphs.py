@@ -8,6 +8,7 @@ on a CPU). The recordings stay with the network, so that many calls pay for them
 
 import functools
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
@@ -77,7 +78,7 @@ class Recorded:
 
     def __init__(self, model: nn.Module, bfloat16: bool, record: Callable | None):
         self.forward, self.condition, self.bfloat16, self.record = model.forward, model.condition, bfloat16, record
-        self.recordings, self.captures, self.pool = {}, 0, None
+        self.recordings, self.captures, self.pool, self.lock = {}, 0, None, threading.Lock()
 
     def compute(self, bands: list[Tensor], t: Tensor, y: Tensor | None) -> list[Tensor]:
         # without autocast's cache: a weight that it converts inside a recording would belong to that recording
@@ -92,12 +93,13 @@ class Recorded:
             return self.compute(bands, t, y)
         inputs = [*bands, t.float()] + ([] if y is None else [y])
         key = tuple((x.shape, x.dtype, x.device) for x in inputs)
-        if key not in self.recordings and not self.capture(key, inputs, y is not None):
-            return self.compute(bands, t, y)
-        places, recording = self.recordings[key]
-        for place, x in zip(places, inputs, strict=True):
-            place.copy_(x)
-        return [v.clone() for v in recording.replay()]
+        with self.lock:                                     # threads share the places: the demo's may overlap
+            if key not in self.recordings and not self.capture(key, inputs, y is not None):
+                return self.compute(bands, t, y)
+            places, recording = self.recordings[key]
+            for place, x in zip(places, inputs, strict=True):
+                place.copy_(x)
+            return [v.clone() for v in recording.replay()]
 
     def capture(self, key: tuple, inputs: list[Tensor], conditional: bool) -> bool:
         """Records one shape; False, and no more recording, when that fails."""

@@ -85,9 +85,9 @@ def activation_bytes(model: torch.nn.Module, stage: int, precision: str, compile
 
 
 def memory_bytes(model: torch.nn.Module, cfg: Config, micro_batch: int, world: int = 1, stage: int = -1) -> int:
-    """Peak on one GPU: weights, gradients (twice while they are summed), Adam's two moments, EMA, and activations: of a
-    batch that trains `stage`, or of one with a share of each stage."""
-    state = 4 * parameters(model) * (2 + 2 / (world if cfg.shard else 1) + (cfg.ema > 0) + (world > 1)
+    """Peak on one GPU: weights, gradients, Adam's two moments, EMA, and activations: of a batch that trains `stage`, or
+    of one with a share of each stage."""
+    state = 4 * parameters(model) * (2 + 2 / (world if cfg.shard else 1) + (cfg.ema > 0)
                                      + 0.5 * (cfg.precision == "bfloat16"))
     per_image = [activation_bytes(model, stage, cfg.precision, cfg.compile) for stage in range(model.num_scales)]
     return int(state + micro_batch * (per_image[stage] if cfg.stages == "batch" else mean_of_stages(cfg, per_image)))
@@ -190,8 +190,7 @@ def paper_facts(cfg: Config) -> dict:
 
 def quick_facts(cfg: Config) -> dict:
     """The facts of the data from what can be read quickly: the header of a cache, the names in a folder."""
-    header = latents.read_header(Path(cfg.latents)) if cfg.space == "latent" else None
-    if header:
+    if cfg.space == "latent" and (header := latents.read_header(Path(cfg.latents))):
         if cfg.condition == "labels":
             return {**header, "vectors": None}
         vectors = sources.read_vectors(Path(cfg.latents) / "vectors.npy", header["count"])

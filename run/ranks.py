@@ -208,7 +208,7 @@ class Ranks:
         unused: a step may leave weights without gradients."""
         if self.world == 1:
             return objective
-        objective = DistributedDataParallel(objective, find_unused_parameters=unused)
+        objective = DistributedDataParallel(objective, find_unused_parameters=unused, gradient_as_bucket_view=True)
         objective.broadcast_buffers = False                 # they never change; the argument is deprecated
         if bfloat16:
             # under its own name torch allows it with NCCL only, but gloo does the same
@@ -221,7 +221,7 @@ class Ranks:
             return torch.optim.AdamW(weights, **settings)
         from torch.distributed.optim import ZeroRedundancyOptimizer
 
-        return ZeroRedundancyOptimizer(weights, torch.optim.AdamW, **settings)
+        return ZeroRedundancyOptimizer(weights, torch.optim.AdamW, parameters_as_bucket_view=True, **settings)
 
     def step(self, optimizer: torch.optim.Optimizer, grad_norm: torch.Tensor) -> None:
         """A step of AdamW, left out when the norm of the gradient is not finite; a fused one is not waited for."""

@@ -153,7 +153,8 @@ def machine(job: Job) -> None:
 
 
 # Queries and keys of our bands, with condition tokens and without; cuDNN's backward has given NaN at such lengths.
-PAIRS = ((64, 65), (256, 321), (256, 322), (1024, 1345), (256, 257), (1024, 1281), (4096, 5377), (64, 64), (1024, 1344))
+PAIRS = ((65, 65), (66, 66), (256, 321), (256, 322), (1024, 1345), (257, 257), (1024, 1281), (4096, 5377), (64, 64),
+         (256, 320), (1024, 1344))
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
             "cudnn": SDPBackend.CUDNN_ATTENTION}
 
@@ -166,8 +167,8 @@ def attend(inputs: list, backend: SDPBackend, upstream: torch.Tensor) -> list[to
 
 
 def attention(job: Job) -> None:
-    """Each backend at our lengths, forward and backward, against float32 products."""
-    for queries, keys in ((4, 5),) if job.dry else PAIRS:
+    """Each backend at our lengths, with gradients, against float32 products; cuDNN last: its faults may end this."""
+    for name, (queries, keys) in product(BACKENDS, ((4, 5),) if job.dry else PAIRS):
         tensors = [torch.randn(2, 16, n, 64, device=job.device) for n in (queries, keys, keys, queries)]
         rounded = [x.to(torch.bfloat16) for x in tensors]                           # q, k, v, gradient of the output
         timed = [x.repeat(1 if job.dry else max(2, 16384 // queries), 1, 1, 1) for x in rounded]
@@ -175,23 +176,22 @@ def attention(job: Job) -> None:
             x.requires_grad_()
         exact = attend(tensors[:3], SDPBackend.MATH, tensors[3])
         chosen = SDPBackend(torch._fused_sdp_choice(*(x[:1] for x in timed[:3]))).name
-        for name, backend in BACKENDS.items():
-            try:
-                results = attend(rounded[:3], backend, rounded[3])
-                errors = [float((a.float() - b).norm() / b.norm()) for a, b in zip(results, exact, strict=True)]
-                taken = job.seconds(partial(attend, timed[:3], backend, timed[3]))
-                figures = {"milliseconds": 1000 * taken, "batch": len(timed[0]), "errors": errors,
-                           "finite": all(bool(x.isfinite().all()) for x in results)}
-            except RuntimeError as problem:
-                figures = {"unavailable": first_line(problem)}
-            job.say("attention", queries=queries, keys=keys, backend=name, chosen=chosen, **figures)
+        try:
+            results = attend(rounded[:3], BACKENDS[name], rounded[3])
+            errors = [float((a.float() - b).norm() / b.norm()) for a, b in zip(results, exact, strict=True)]
+            taken = job.seconds(partial(attend, timed[:3], BACKENDS[name], timed[3]))
+            figures = {"milliseconds": 1000 * taken, "batch": len(timed[0]), "errors": errors,
+                       "finite": all(bool(x.isfinite().all()) for x in results)}
+        except RuntimeError as problem:
+            figures = {"unavailable": first_line(problem)}
+        job.say("attention", queries=queries, keys=keys, backend=name, chosen=chosen, **figures)
 
 
 def tests(job: Job) -> None:
     """The tests on this GPU; DIR/tests.txt has what they print, also when they are cut off."""
-    command = [sys.executable, "-m", "pytest", "-q", "tests/test_gpu.py", "tests/test_graphs.py"]
+    files = [f"tests/test_{name}.py" for name in ("model", "train", "ranks", "gpu", "graphs")]
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "gpu or graphs", *files, *["--collect-only"] * job.dry]
     with open(job.out / "tests.txt", "w") as file:
-        command += ["--collect-only"] * job.dry
         subprocess.run(command, cwd=compare.ROOT, stdout=file, stderr=file, check=False)
     job.say("tests", result=next(iter((job.out / "tests.txt").read_text().splitlines()[-1:]), ""))
 
@@ -284,29 +284,21 @@ def profile(job: Job, name: str, model: torch.nn.Module, micro: int) -> None:
             kernels=[[e.key[:80], spent(e) / 1000, e.count] for e in kernels[:25]])
 
 
-def stages(job: Job, names: tuple) -> None:
-    """Each preset: the end of a step, the stages eager and compiled beside the optimizer's state, and of the first
-    preset the kernels."""
-    for name in names:
-        torch.set_float32_matmul_precision("high")
-        cfg, free = job.preset(name), memory.free_memory(job.device)
-        model = random_network(cfg, job.device)
-        ema = copy.deepcopy(model).requires_grad_(False) if cfg.ema else None
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9, fused=True)
-        for parameter in model.parameters():
-            parameter.grad = torch.randn_like(parameter)
-        end = job.seconds(partial(end_of_step, model, ema, optimizer, cfg))
-        job.say("end of a step", preset=name, milliseconds=1000 * end)
-        sizes = [memory.fit_micro_batch(model, cfg, cfg.batch, free, stage=stage) for stage in range(cfg.num_scales)]
-        time_stages(job, name, model, "eager", sizes, end)  # perhaps with smaller ones, if these are too large
-        load.compile_blocks(model)
-        sizes = time_stages(job, name, model, "compiled", sizes, end)
-        if name == "celebahq-256":
-            profile(job, name, model, sizes[-1])
-        del model, ema, optimizer
-        gc.collect()                                        # a compiled module refers to itself
-        if job.device.type == "cuda":
-            torch.cuda.empty_cache()
+def stages(job: Job, name: str) -> None:
+    """A preset: the end of a step, the stages eager and compiled beside the optimizer's state, and the kernels."""
+    torch.set_float32_matmul_precision("high")
+    cfg, free = job.preset(name), memory.free_memory(job.device)
+    model = random_network(cfg, job.device)
+    ema = copy.deepcopy(model).requires_grad_(False) if cfg.ema else None
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9, fused=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    end = job.seconds(partial(end_of_step, model, ema, optimizer, cfg))
+    job.say("end of a step", preset=name, milliseconds=1000 * end)
+    sizes = [memory.fit_micro_batch(model, cfg, cfg.batch, free, stage=stage) for stage in range(cfg.num_scales)]
+    time_stages(job, name, model, "eager", sizes, end)      # perhaps with smaller ones, if these are too large
+    load.compile_blocks(model)
+    profile(job, name, model, time_stages(job, name, model, "compiled", sizes, end)[-1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -315,8 +307,9 @@ def stages(job: Job, names: tuple) -> None:
 
 def time_sampling(job: Job, name: str, modes: tuple, batch: int = 1) -> None:
     """Seconds for an image with as many Euler steps as the paper reports NFE, without decoding, and how far its latents
-    are from those of the first mode. The modes change the network in place: each goes further than the one before."""
-    cfg, steps, first = job.preset(name), 3 if job.dry else paper.PRESETS[name].paper["nfe"], None
+    are from the first mode's, or from float32. The modes change the network in place: each goes further."""
+    gc.collect()                                            # the network before: recorded, it refers to itself
+    cfg, steps = job.preset(name), 3 if job.dry else paper.PRESETS[name].paper["nfe"]
     model = random_network(cfg, job.device).eval().requires_grad_(False)
     run, plain = load.Run(cfg, model, memory.paper_facts(cfg), job.out, 0, "random"), model.forward
     load.full_float32()
@@ -325,18 +318,20 @@ def time_sampling(job: Job, name: str, modes: tuple, batch: int = 1) -> None:
         rng, guided = ImageRandom(0, range(batch), job.device), sample.Guided(model, precision=precision)
         return run.system.sample(guided, rng, None, run.schedule, run.shape, sample.solve, solver="euler", steps=steps)
 
+    exact = None
+    if "compiled" in modes[0]:
+        exact = draw("float32")
+        load.compile_blocks(model)
     for mode in modes:
         precision, began = mode.split()[0], time.monotonic()
-        if "compiled" in mode and first is None:
-            load.compile_blocks(model)
         if "weights" in mode:
             model.forward = plain
             graphs.speed_up(run, {"precision": precision}, "graphs" in mode)
-        x1 = draw(precision)
-        first, opening = x1 if first is None else first, time.monotonic() - began
+        x1, opening = draw(precision), time.monotonic() - began
+        exact = x1 if exact is None else exact
         job.say("sampling", preset=name, mode=mode, batch=batch, nfe=steps, seconds_first=opening,
                 seconds_per_image=job.seconds(partial(draw, precision), 1 if mode == "float32" else 3) / batch,
-                difference=float((x1 - first).norm() / first.norm()), captures=getattr(model.forward, "captures", 0))
+                difference=float((x1 - exact).norm() / exact.norm()), captures=getattr(model.forward, "captures", 0))
 
 
 def sampling(job: Job) -> None:
@@ -376,7 +371,7 @@ def photographs(job: Job) -> dict:
 
 
 def curves(job: Job) -> None:
-    """The same runs in float32 and in bfloat16: their losses must lie on each other."""
+    """The same runs in float32 (products in TF32) and in bfloat16: their losses must lie on each other."""
     toy = {"size": "32,1,2,4", "steps": 2, "log_every": 1} if job.dry else {}
     for data, precision in product(({"steps": 400}, {**photographs(job), "steps": 200}), ("float32", "bfloat16")):
         cfg = paper.resolve({**data, "precision": precision, "log_every": 20, **toy})
@@ -393,7 +388,8 @@ def spare(job: Job) -> None:
     later = lines[len(lines) // 2 :]
     means = {key: statistics.harmonic_mean([line[key] for line in later]) for key in ("images_per_second", "mfu")
              if later[-1][key]}                             # of few steps, so images/s depends on the stages drawn
-    job.say("loop", preset="celebahq-256", memory_gb=later[-1]["memory_gb"], data_wait=later[-1]["data_wait"], **means)
+    job.say("loop", preset="celebahq-256", memory_gb=later[-1]["memory_gb"], data_wait=later[-1]["data_wait"],
+            alloc_retries=torch.cuda.memory_stats().get("num_alloc_retries"), **means)      # parts of a stage its size
     for batch in (2,) if job.dry else (8, 64):
         time_sampling(job, "celebahq-256", ("bfloat16 weights", "bfloat16 weights, graphs"), batch)
 
@@ -473,10 +469,10 @@ def colour(job: Job) -> None:
 # the sections as processes
 
 COMMANDS = {                                                # sections and their limits in seconds
-    "gpu": {"machine": (machine, 30), "attention": (attention, 40), "tests": (tests, 45), "gradients": (gradients, 60),
-            "stages 256": (partial(stages, names=("celebahq-256",)), 75), "sampling": (sampling, 100),
-            "stages": (partial(stages, names=("celebahq-1024", "celebahq-512", "imagenet-256-B", "imagenet-256-XL")),
-                       190),
+    "gpu": {"machine": (machine, 20), "attention": (attention, 30), "tests": (tests, 40), "gradients": (gradients, 50),
+            "celebahq-256": (partial(stages, name="celebahq-256"), 60), "sampling": (sampling, 100),
+            **{name: (partial(stages, name=name), limit) for name, limit in (
+                ("celebahq-1024", 60), ("celebahq-512", 50), ("imagenet-256-B", 35), ("imagenet-256-XL", 45))},
             "curves": (curves, 70), "spare": (spare, 10**6)},
     "gpu-quality": {"quality": (quality, 10**6)},
     "gpu-colour": {"colour": (colour, 10**6)}}

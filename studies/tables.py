@@ -108,7 +108,7 @@ def speed() -> str:
 # What a GPU should reach: images/s of training, seconds of an image at batch 1. Estimated for an H200, before any run.
 TARGETS = {"celebahq-256": (1000, 0.3), "celebahq-512": (300, 0.6), "celebahq-1024": (55, 1.2),
            "imagenet-256-B": (3300, ""), "imagenet-256-XL": (680, "")}
-MODES = ("float32", "bfloat16", "bfloat16 weights, graphs")
+MODES = ("float32", "bfloat16", "bfloat16 weights, graphs", "bfloat16 weights, compiled, graphs")
 
 
 def gpu() -> str:

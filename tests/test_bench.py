@@ -113,6 +113,15 @@ def test_the_runs_of_the_second_command_are_planned_as_on_a_gpu(tmp_path):
     assert settings == {("128,6,4,2", "bfloat16", 256, 2e-3)}
 
 
+def test_training_here_writes_no_checkpoint(tmp_path):
+    job = gpu.Job("curves", tmp_path, tmp_path, dry=True, data="", ends=time.monotonic() + 60)
+    with pytest.MonkeyPatch.context() as patch:             # the functions that a section of its own process replaces
+        for module, name in ((gpu.train, "save"), (gpu.checkpoint, "prepare")):
+            patch.setattr(module, name, getattr(module, name))
+        state, lines = gpu.train_here(job, Config(size="32,1,2,4", steps=2, log_every=1))
+    assert state.step == 2 and len(lines) == 2 and not list(tmp_path.rglob("*.pt"))
+
+
 def test_the_random_cache_is_one_that_training_reads(tmp_path):
     cfg = Config(**paper.PRESETS["imagenet-256-B"].settings, latents=str(tmp_path / "cache"))
     gpu.random_cache(tmp_path / "cache", cfg, count=5)

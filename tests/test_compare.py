@@ -319,10 +319,10 @@ def test_the_gpu_table_shows_the_newest_lines_of_the_last_gpu(monkeypatch):
     monkeypatch.setattr(tables, "lines", lambda name: rows)
     text, no = tables.gpu(), "not measured"
     row = next(line for line in text.splitlines() if "celebahq-512" in line)
-    assert row == f"| `celebahq-512` | {no} | 333 | 300 | {no} | 70 | 0.99 | {no} | {no} | 0.6 | 2.6 |"
+    assert row == f"| `celebahq-512` | {no} | 333 | 300 | {no} | 70 | 0.99 | {no} | {no} | {no} | 0.6 | 2.6 |"
     assert "\n\nH100; torch 2; commit abc; `python -m studies.bench gpu`." in text and "H200" not in text
     monkeypatch.setattr(tables, "lines", lambda name: [row for row in rows if row["dry_run"]])
-    assert tables.gpu().count(no) == 5 * 7 and "CPU" not in tables.gpu()
+    assert tables.gpu().count(no) == 5 * 8 and "CPU" not in tables.gpu()
 
 
 def test_the_table_of_speed_has_the_median_of_the_last_eight_runs_for_each_rival(monkeypatch):

@@ -28,11 +28,11 @@ import baselines
 import sample
 import train
 from config import Config, UserError
-from conftest import needs_fork
+from conftest import needs_fork, randomize
 from data import batches
 from data.batches import BatchRandom, ImageRandom
 from data.conditions import Labels, Vectors
-from run import checkpoint, load, log, memory, pictures, ranks
+from run import checkpoint, graphs, load, log, memory, paper, pictures, ranks
 from studies import bench, gpu, tables
 
 aten = torch.ops.aten
@@ -237,7 +237,8 @@ def test_fixed_step_solvers_on_the_gpu(method, solver, fake):
         assert (x1.shape, x1.device, x1.dtype) == ((3, 4, 32, 32), GPU, torch.float32)
         assert watch.to_host == 0 and watch.attention[torch.float32] == 0
         calls, passes = sum(guided.calls.values()), {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4}[solver]
-        assert watch.waits <= calls * (2 + 3.5 / passes)    # Field: are t and v finite? torchdiffeq: seven in two steps
+        # torchdiffeq waits seven times in two steps, Field once for each segment: were its velocities finite?
+        assert watch.waits <= calls * 3.5 / passes + cfg.num_scales
 
 
 def test_adaptive_solver_on_the_gpu(fake):
@@ -442,6 +443,10 @@ def test_a_section_that_fails_or_hangs_loses_nothing_else(tmp_path, monkeypatch,
     assert not stat.exists() or stat.read_text().split()[2] == "Z"              # what it started ended with it
 
 
+def test_the_sections_fit_the_budget():
+    assert sum(limit for _, limit in gpu.COMMANDS["gpu"].values() if limit < 10**6) <= 560
+
+
 @needs_fork
 @pytest.mark.slow
 def test_no_section_begins_after_the_budget(tmp_path, monkeypatch):
@@ -476,21 +481,23 @@ def test_dry_run_of_every_section(command, figures, tmp_path, monkeypatch, capfd
     ended = {line["section"]: line["ended"] for line in lines if line["what"] == "gpu section"}
     assert ended == dict.fromkeys(gpu.COMMANDS[command], "finished"), (tmp_path / "out" / "log.txt").read_text()
     assert {line["figure"] for line in lines if line["what"] == "gpu"} == figures
+    assert all("tests collected" in line["result"] for line in lines if line.get("figure") == "tests")
+    assert not [file for file in tmp_path.rglob("step-*.pt")]
     assert all(line["dry_run"] for line in lines) and not list((tmp_path / "out").glob("quality.jsonl"))
     assert len(list((tmp_path / "out").iterdir())) <= 8     # few to copy back
     assert "finished after" in capfd.readouterr().out
     monkeypatch.setattr(tables, "lines", lambda name: lines)
-    assert tables.gpu().count("not measured") == 5 * 7      # a dry run is not shown
+    assert tables.gpu().count("not measured") == 5 * 8      # a dry run is not shown
     lines = [{**line, "dry_run": False} for line in lines]
     if command == "gpu":                                    # all but the share of an unknown peak, and two presets
-        assert tables.gpu().count("not measured") == 5 + 2 * 3
+        assert tables.gpu().count("not measured") == 5 + 2 * 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # on a real GPU
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-LENGTHS = (64, 65, 257, 320, 321, 1281, 1344, 1345)         # keys of the presets, with condition tokens and without
+LENGTHS = sorted({keys for _, keys in gpu.PAIRS})            # of the presets, with condition tokens and without
 
 
 @needs_gpu
@@ -510,6 +517,42 @@ def test_attention_and_its_gradients_on_the_gpu(keys):
     for exact, rounded in zip(*results, strict=True):
         assert rounded.isfinite().all()
         assert (rounded.float() - exact).norm() < 0.02 * exact.norm() and math.isfinite(exact.norm())
+
+
+def test_the_lengths_of_attention_that_are_tried_are_those_of_the_presets(monkeypatch):
+    """Queries and keys of each band, with its condition tokens; PAIRS has some without, too."""
+    pairs, attention = set(), F.scaled_dot_product_attention
+
+    def noted(q, k, v):
+        pairs.add((q.shape[-2], k.shape[-2]))
+        return attention(q, k, v)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    for name in ("celebahq-256", "celebahq-512", "celebahq-1024", "imagenet-256-B"):
+        cfg = Config(**paper.PRESETS[name].settings)
+        memory.forward_flops(memory.meta_model(cfg, memory.paper_facts(cfg)))
+    assert pairs <= set(gpu.PAIRS) and len(pairs) == 8
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_recorded_passes_on_the_gpu_give_the_images_of_plain_ones(precision):
+    """Also a second time, with other noise and labels in the same recordings."""
+    cfg, drawn = Config(**SMALL), []
+    torch.manual_seed(0)
+    model = randomize(make(cfg)).eval().requires_grad_(False)
+    run, y = load.Run(cfg, model, {}, Path("."), 1, "raw"), torch.tensor([0, 1, 1], device=GPU)
+    run.fingerprint = ""
+    for speed in (False, True):
+        if speed:
+            graphs.speed_up(run, {"precision": precision}, graphs=True)
+        drawn.append([baselines.SYSTEMS["lapflow"].sample(
+            sample.Guided(model, 1.5, precision=precision), ImageRandom(seed, range(3), GPU), y.roll(seed),
+            baselines.SYSTEMS["lapflow"].schedule(cfg), (4, 32, 32), sample.solve, solver="heun", steps=6)
+            for seed in (0, 1)])
+    assert model.forward.captures == cfg.num_scales and not torch.equal(*drawn[0])
+    for plain, recorded in zip(*drawn, strict=True):
+        assert (plain - recorded).norm() < 1e-3 * plain.norm()
 
 
 @needs_gpu

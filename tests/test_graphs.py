@@ -2,6 +2,8 @@
 into the tensors of the recording, as a CUDA graph does."""
 
 import contextlib
+import sys
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -111,6 +113,30 @@ def test_recorded_passes_give_the_same_images(solver, precision):
     expected = images(run, precision=precision, **solver)
     assert torch.equal(images(run, record=Rerun, precision=precision, **solver), expected)
     assert run.model.forward.captures == 3 * 2              # segments x batch sizes: 2 and the tail of 1
+
+
+def test_threads_that_share_a_network_get_their_own_images():
+    """A request of the demo may begin before the one it replaces has left the network."""
+    run = make_run()
+    graphs.speed_up(run, {"precision": "float32"}, graphs=True, record=Rerun)
+    inputs = [(run.model.stage_inputs(0, 2)[0], torch.full((2,), 0.5), torch.tensor([i, i])) for i in range(2)]
+    expected, wrong = [run.model(*one)[0] for one in inputs], []
+    assert not torch.equal(*expected)
+
+    def calls(i):
+        wrong.extend(k for k in range(300) if not torch.equal(run.model(*inputs[i])[0], expected[i]))
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=calls, args=(i,)) for i in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert wrong == []
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -360,7 +360,7 @@ def test_a_resolution_that_does_not_fit_says_which_is_nearest():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("mask", MASKS)
-def test_cuda_bfloat16_agrees_with_float32_on_the_cpu(mask):
+def test_bfloat16_on_a_gpu_agrees_with_float32_on_the_cpu(mask):
     model = random_model(mask=mask)
     bands = random_bands(model)
     expected = model(bands, TIMES, LABELS)
