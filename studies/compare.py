@@ -57,8 +57,9 @@ IMAGES = {                                                  # rate and options: 
     "LapFlow, as in the paper": dict(num_scales=2, block="dit", times="uniform", full_range=True, concat_coarse=False)}
 FOLDER_32 = {**IMAGES, "LapFlow, 4 coarse tokens": {"patches": ()},             # in place of the 16 of its preset
              "Pyramidal Flow, 16 coarse tokens": {"method": "pyramidal", "patches": (2.0, 4.0, 4.0)}}
-FOLDER_64 = {**IMAGES, "LapFlow, 64 coarse tokens": {"patches": (2.0, 4.0, 4.0)},
-             **{f"LapFlow, stages {w:g}:{w:g}:1": {"stage_weights": (w, w, 1.0)} for w in (1.0, 4.0)}}
+FOLDER_64 = {**IMAGES, **{f"LapFlow, stages {w:g}:{w:g}:1": {"stage_weights": (w, w, 1.0)} for w in (1.0, 4.0)},
+             "LapFlow, 64 coarse tokens": {"patches": (2.0, 4.0, 4.0)},
+             "LapFlow, both": {"patches": (2.0, 4.0, 4.0), "stage_weights": (4.0, 4.0, 1.0)}}
 ABLATIONS = {
     "mask": {"causal": ({}, 3.53), "none": ({"mask": "none"}, 3.91), "self": ({"mask": "self"}, 5.19)},
     "starts": {"T = 0.5": ({}, 3.53), "T = 0.1": ({"starts": (0.0, 0.1)}, 5.12),
