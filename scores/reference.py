@@ -51,8 +51,7 @@ def statistics_of(batches: Iterable[tuple[int, np.ndarray]], extractor: Callable
             count, sums, products = count + len(x), sums + x.sum(axis=0), products + x.T @ x
             features[first] = part[-first % step :: step]
             bar.update(min(len(images) * ranks.world, bar.total - bar.n))
-    parts = ranks.gather((count, sums, products, features))
-    if not parts:
+    if not (parts := ranks.gather((count, sums, products, features))):
         return None
     count, sums, products = (sum(part[k] for part in parts) for k in range(3))
     kept = {first: x for *_, features in parts for first, x in features.items()}

@@ -81,6 +81,9 @@ def test_a_folder_of_32_pixels_has_its_own_patches(tmp_path):
     assert paper.resolve({"dataset": "folder", "data": "x", "res": 32, "size": "32,2,2,2"}).patches == ()
     for other in (dict(res=16), dict(res=32, size="32,2,2,4")):                 # there the rows would be the same twice
         assert compare.systems(arguments(tmp_path, dataset="folder", **other)) == compare.IMAGES
+    at_64 = arguments(tmp_path, dataset="folder", data=str(tmp_path), res=64, size="96,4,3,4", steps=1687, seeds=1)
+    steps = {name: cfg.steps for name, cfg in compare.plan_runs(at_64)}
+    assert steps["LapFlow, 64 coarse tokens"] < steps["LapFlow, both"] < 1687 < steps["LapFlow, stages 4:4:1"]
 
 
 def test_rows_that_differ_in_sampling_share_a_training(tmp_path, monkeypatch):
