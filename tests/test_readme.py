@@ -153,6 +153,13 @@ def test_what_the_pages_say_of_photographs_is_in_the_results():
     assert "LapFlow and LFM apart ({:.0f}, {:.0f}; Pyramidal Flow {:.0f})".format(*judged) in RESULTS
     gap = errors_apart(large, "Pyramidal Flow", "LapFlow")
     assert f"by {-gap:.1f} standard errors of two seeds" in RESULTS
+    one, _ = tables.of_one_length("crops64", compare.FOLDER_64)
+    (fine,), (often,), (tokens,), (steps,) = ([row["frechet"] for row in one[name]] for name in (
+        "LapFlow, stages 1:1:1", "LapFlow, stages 4:4:1", "LapFlow, 64 coarse tokens", "Pyramidal Flow, stages 2:2:1"))
+    assert f"2,318 steps ({often:.2f}; with all stages equally often {fine:.2f})" in RESULTS
+    assert f"64 coarse tokens in place of 16 ({tokens:.2f})" in RESULTS
+    assert f"in place of 1:1:1 has {steps:.2f}" in RESULTS
+    assert one["LapFlow, stages 4:4:1"][0]["config"]["steps"] == 2318
     kernel = {name: [errors_apart(runs, "LapFlow", name, key) for key in ("kid", "kid_efficientnet")]
               for name in names[1:3]}
     both, _ = tables.of_one_length("crops", {
